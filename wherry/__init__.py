@@ -1,0 +1,31 @@
+"""wherry: compress a trained model, prove it on the runtime that will run it, export it, serve it.
+
+The verbs (`inspect`, `compress`, `export`, `verify`, `evaluate`, `compare`, `serve`) and the nouns are
+imported when they are first used, so that `import wherry` costs nothing and needs no optional wheel.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "inspect": "api", "compress": "api", "export": "api", "verify": "api", "evaluate": "api",
+    "compare": "api", "serve": "api", "chat": "api", "doctor": "api", "demo": "api", "plan": "api",
+    "Scheme": "scheme", "QTensor": "scheme", "Checkpoint": "checkpoint", "Task": "task",
+    "Recipe": "recipe", "Pass": "recipe", "Plan": "recipe", "Artifact": "artifact",
+    "Session": "session", "Score": "session", "Report": "report",
+    "Error": "errors", "Unsupported": "errors", "BadInput": "errors", "Missing": "errors",
+    "Corrupt": "errors", "Diverged": "errors", "Exhausted": "errors", "Refused": "errors",
+}  # fmt: skip
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> object:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"wherry.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'wherry' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,63 @@
+"""The affine integer grid: from the range of a group to its scale and zero, and from weights to codes.
+
+Shapes: w [..., n, k]; scale, zero [..., n, g] with g scales per row; codes int8 [..., n, k].
+Source: Jacob et al. 2018, arXiv:1712.05877 (affine quantization); the rounding of ranges is that of
+    compressed-tensors, so that round-to-nearest here equals llm-compressor's.
+"""
+
+import torch
+
+from wherry.errors import Unsupported
+from wherry.scheme import Group, QTensor, Row, Scheme
+
+PORTABLE_BITS = 7  # significant bits of a portable scale: 7 + 4 <= 11, what fp16 holds
+PORTABLE_MIN = 2.0**-18  # below it fp16 is subnormal and no longer holds 7 bits
+PORTABLE_MAX = 65504.0 / 16
+
+
+def portable(scale: torch.Tensor) -> torch.Tensor:
+    """Round a positive scale to 7 significant bits, within the range in which fp16 holds it exactly.
+
+    Then s, s*z and s*(q-z) are exact in fp16 for codes of up to 4 bits, so that one set of codes means the
+    same weights in GGUF (fp16 d and m), ONNX and compressed-tensors. Error of the scale: at most 2^-8 of it.
+    """
+    mantissa, exponent = torch.frexp(scale)
+    rounded = torch.ldexp(torch.round(mantissa * 2**PORTABLE_BITS), exponent - PORTABLE_BITS)
+    return rounded.clamp(PORTABLE_MIN, PORTABLE_MAX)
+
+
+def grouped(w: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """View w [..., n, k] as [..., n, g, k/g]. Raises BadInput when the group does not divide k."""
+    if not isinstance(scheme.grain, Group | Row):
+        raise Unsupported(f"weights per {type(scheme.grain).__name__.lower()} are not implemented; use group or row")
+    return w.unflatten(-1, (scheme.scales_per_row(w.shape[-1]), -1))
+
+
+def fit(w: torch.Tensor, scheme: Scheme, exact_in_fp16: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and zero of each group from its minimum and maximum.
+
+    Returns scale float32 [..., n, g] > 0 and zero int8 of the same shape (None when symmetric).
+    """
+    groups = grouped(w.float(), scheme)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    span = float(scheme.qmax - scheme.qmin)
+    if scheme.symmetric:
+        scale = 2 * torch.maximum(-low, high) / span
+    else:
+        scale = (high - low) / span
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=torch.finfo(torch.float32).tiny)
+    if exact_in_fp16:
+        scale = portable(scale)
+    if scheme.symmetric:
+        return scale, None
+    zero = (scheme.qmin - torch.round(low / scale)).clamp(scheme.qmin, scheme.qmax)
+    return scale, zero.to(torch.int8)
+
+
+def encode(w: torch.Tensor, scheme: Scheme, scale: torch.Tensor, zero: torch.Tensor | None) -> QTensor:
+    """Round each weight to the nearest code of its group's grid."""
+    x = grouped(w.float(), scheme) / scale.unsqueeze(-1)
+    if zero is not None:
+        x = x + zero.unsqueeze(-1)
+    code = torch.round(x).clamp(scheme.qmin, scheme.qmax).to(torch.int8).flatten(-2)
+    return QTensor(scheme, code, scale, zero)

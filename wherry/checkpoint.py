@@ -1,0 +1,358 @@
+"""Checkpoint: a trained model as files. Lazy: one tensor at a time; a module only when it is asked for."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from wherry import shelf
+from wherry.errors import BadInput, Corrupt, Missing, Unsupported
+from wherry.scheme import QTensor, Scheme
+from wherry.task import Task
+from wherry.tensorfile import TensorFile
+
+INDEX = "model.safetensors.index.json"
+# what travels from a source folder into every checkpoint and artifact, beside config.json
+SIDE_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "added_tokens.json", "chat_template.jinja", "task.json",
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
+    "LICENSE", "LICENSE.txt",
+)  # fmt: skip
+
+
+class Source(Protocol):
+    """Where a checkpoint's tensors come from. Names are those of the Hugging Face module."""
+
+    def names(self) -> list[str]:
+        """All tensors, layers in numeric order."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the weight, also where it is stored as codes."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Float dtype of the weight as stored (of a quantized one: of its scales)."""
+        ...
+
+    def scheme(self, name: str) -> Scheme | None:
+        """How the weight is stored, or None when it is a plain float tensor."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor | QTensor:
+        """One tensor."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A cheap identity of the content: it changes when a file does."""
+        ...
+
+    def bytes(self) -> int:
+        """Size of the weights on disk."""
+        ...
+
+
+class Safetensors:
+    """Plain safetensors of a folder, one file or sharded with an index.
+
+    Raises:
+        Missing: no weights, or a shard that the index names is absent.
+        Corrupt: a file or the index is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / INDEX
+        if index.exists():
+            try:
+                weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf8"))["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise Corrupt(f"{index} is not an index of safetensors shards: {error!r}") from error
+            shards = sorted(set(weight_map.values()))
+            for shard in shards:
+                if not (folder / shard).resolve().is_relative_to(folder.resolve()):
+                    raise Corrupt(f"{index} names a file outside of the folder: {shard}")
+                if not (folder / shard).exists():
+                    raise Missing(f"missing shard: {folder / shard}, named by {INDEX}.\nDownload or copy it again.")
+        else:
+            shards = ["model.safetensors"]
+            if not (folder / shards[0]).exists():
+                pickled = sorted(path.name for path in folder.glob("*.bin"))
+                hint = f"It holds only pickled weights ({pickled[0]}): save it once with safetensors." if pickled else ""
+                raise Missing(f"{folder} has no model.safetensors and no {INDEX}.\n{hint}".rstrip())
+        self.files = [TensorFile(folder / shard) for shard in shards]
+        self.where = {name: file for file in self.files for name in file.entries}
+        if index.exists() and set(weight_map) - set(self.where):
+            absent = sorted(set(weight_map) - set(self.where))[0]
+            raise Corrupt(f"{index} promises {absent}, which no shard holds")
+
+    def names(self) -> list[str]:
+        """All tensors, layers in numeric order."""
+        return sorted(self.where, key=natural)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape as stored."""
+        return self.where[name].entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype as stored."""
+        return self.where[name].entries[name].dtype
+
+    def scheme(self, name: str) -> Scheme | None:
+        """Plain tensors have none."""
+        return None
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor."""
+        return self.where[name].read(name)
+
+    def fingerprint(self) -> str:
+        """Headers, sizes and times of change of all files."""
+        parts = [f"{f.path.name} {f.header_digest} {f.path.stat().st_size} {f.path.stat().st_mtime_ns}" for f in self.files]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(file.path.stat().st_size for file in self.files)
+
+
+class Lora:
+    """A base source with a LoRA adapter merged on the way in: W + scaling * B A. Source: Hu et al. 2021, arXiv:2106.09685."""
+
+    def __init__(self, base: Source, folder: Path) -> None:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf8"))
+        for key in ("use_dora", "modules_to_save", "lora_bias", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
+            if config.get(key):
+                raise Unsupported(f"{folder}: adapter with {key} is not merged here; merge it with peft's merge_and_unload")
+        rank = config["r"]
+        self.scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+        self.base, self.file = base, TensorFile(folder / "adapter_model.safetensors")
+        self.pairs: dict[str, dict[str, str]] = {}
+        for name in self.file.entries:
+            match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight", name)
+            if not match or f"{match[1]}.weight" not in base.names():
+                raise Unsupported(f"{folder}: adapter tensor {name} has no place in the base model")
+            self.pairs.setdefault(f"{match[1]}.weight", {})[match[2]] = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.base, name)
+
+    def read(self, name: str) -> torch.Tensor | QTensor:
+        """The base's tensor with the product of its two factors added in float32."""
+        tensor = self.base.read(name)
+        if name not in self.pairs:
+            return tensor
+        weight = tensor.decode() if isinstance(tensor, QTensor) else tensor
+        A, B = (self.file.read(self.pairs[name][side]).float() for side in "AB")
+        return (weight.float() + self.scaling * (B @ A)).to(weight.dtype)
+
+    def scheme(self, name: str) -> Scheme | None:
+        """A merged weight is a float again."""
+        return None if name in self.pairs else self.base.scheme(name)
+
+    def fingerprint(self) -> str:
+        """Of the base and of the adapter's header and time."""
+        stamp = f"{self.base.fingerprint()} {self.file.header_digest} {self.file.path.stat().st_mtime_ns}"
+        return hashlib.sha256(stamp.encode()).hexdigest()
+
+
+@dataclass
+class Checkpoint:
+    """A model's folder (config, tokenizer), its task and its tensors.
+
+    plan: what was done to each tensor, as rows of the manifest; empty for a model that wherry has not touched.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    task: Task
+    source: Source
+    name: str
+    license: str = ""
+    origin: str = ""  # what it was made from, as a person would say it
+    plan: list[dict[str, Any]] = field(default_factory=list)
+    recipe: str = ""
+
+    @classmethod
+    def open(cls, model: str | Path) -> "Checkpoint":
+        """Open a Hugging Face folder, a LoRA adapter's folder, a GGUF file, or a hub id where there is a network.
+
+        Raises:
+            Missing: no such model, missing shard, no network.
+            Corrupt: damaged files.
+            Unsupported: an architecture or file type that is not read.
+        """
+        path = locate(model)
+        if path.is_file():
+            if path.suffix == ".gguf":
+                return shelf.find("formats", "gguf").load(path)
+            raise BadInput(f"{path} is not a model: give a folder with config.json, a .gguf file, or a hub id")
+        if (path / "adapter_config.json").exists():
+            config = json.loads((path / "adapter_config.json").read_text(encoding="utf8"))
+            base_path = Path(config["base_model_name_or_path"])
+            beside = path / base_path
+            base = cls.open(beside if beside.exists() else str(base_path))
+            base.source = Lora(base.source, path)
+            base.name, base.origin = path.resolve().name, f"{base.name} with the adapter {path.resolve().name}"
+            return base
+        file = path / "config.json"
+        if not file.exists():
+            inner = sorted(path.glob("*.gguf"))
+            if len(inner) == 1:
+                return shelf.find("formats", "gguf").load(inner[0])
+            raise Missing(f"{path} has no config.json: not a model's folder")
+        try:
+            config = json.loads(file.read_text(encoding="utf8"))
+        except ValueError as error:
+            raise Corrupt(f"{file} is not JSON: {error}") from error
+        quantization = config.get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method", "?")
+            if method != "compressed-tensors":
+                raise Unsupported(f"{path} is quantized by '{method}', which is not read; give the float model")
+            return shelf.find("formats", "compressed_tensors").load(path)
+        return cls(path, config, Task.of(path, config), Safetensors(path), path.resolve().name, license_of(path))
+
+    def names(self) -> list[str]:
+        """Names of all weights, in Hugging Face naming, layers in numeric order."""
+        return self.source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a weight."""
+        return self.source.shape(name)
+
+    def scheme(self, name: str) -> Scheme | None:
+        """How a weight is stored; None when it is float."""
+        return self.source.scheme(name)
+
+    def tensor(self, name: str) -> torch.Tensor | QTensor:
+        """One weight as stored; codes come as a QTensor."""
+        return self.source.read(name)
+
+    def weight(self, name: str) -> torch.Tensor:
+        """One weight in float32, decoded if it is stored as codes."""
+        tensor = self.source.read(name)
+        return tensor.decode() if isinstance(tensor, QTensor) else tensor.float()
+
+    @property
+    def params(self) -> int:
+        """Number of parameters, tied ones counted once."""
+        return sum(torch.Size(self.shape(name)).numel() for name in self.names())
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding itself."""
+        return bool(self.config.get("tie_word_embeddings", True)) and "lm_head.weight" not in self.names()
+
+    @cached_property
+    def hf_config(self) -> Any:
+        """The configuration as transformers' object, without any quantization entry."""
+        from transformers import AutoConfig
+
+        plain = {k: v for k, v in self.config.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
+        kind = plain.pop("model_type", None)
+        try:
+            return AutoConfig.for_model(kind, **plain)
+        except (ValueError, KeyError, TypeError) as error:
+            raise Unsupported(f"{self.path}: transformers does not know the model type '{kind}': {error}") from error
+
+    def skeleton(self) -> torch.nn.Module:
+        """The module in eval mode with all parameters on the meta device: structure without memory."""
+        import accelerate
+        from transformers import AutoModel, AutoModelForCausalLM
+
+        builder = AutoModelForCausalLM if self.task.kind == "text-generation" else AutoModel
+        with accelerate.init_empty_weights(include_buffers=False):
+            module = builder.from_config(self.hf_config, dtype=torch.float32)
+        return module.eval()
+
+    def places(self, module: torch.nn.Module) -> dict[str, str]:
+        """{parameter of the module: name of the weight}; tied parameters share a name.
+
+        Raises Corrupt when a parameter of the module has no weight in the checkpoint.
+        """
+        have, prefix = set(self.names()), getattr(module, "base_model_prefix", "")
+        found: dict[str, str] = {}
+        for name, _ in module.named_parameters(remove_duplicate=False):
+            candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+            match = next((c for c in candidates if c in have), None)
+            if match is None and name == "lm_head.weight" and self.tied:
+                match = next(n for n in have if n.endswith("embed_tokens.weight") or n.endswith("wte.weight"))
+            if match is None:
+                if "pooler" in name:  # sentence encoders are often shipped without it, and it is not used
+                    continue
+                raise Corrupt(f"{self.path} lacks the weight {name}, which {type(module).__name__} needs")
+            found[name] = match
+        return found
+
+    def fill(self, module: torch.nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """Put decoded float32 weights into the module's parameters whose name is wanted."""
+        for parameter, name in self.places(module).items():
+            if wanted(parameter):
+                put(module, parameter, self.weight(name))
+
+    def module(self) -> torch.nn.Module:
+        """The whole model in float32, eval mode, with decoded weights; tied parameters stay tied."""
+        module, tensors = self.skeleton(), {}
+        for parameter, name in self.places(module).items():
+            if name not in tensors:
+                tensors[name] = torch.nn.Parameter(self.weight(name), requires_grad=False)
+            put(module, parameter, tensors[name])
+        for name, parameter in module.named_parameters():
+            if parameter.is_meta:  # an unused pooler
+                put(module, name, torch.zeros(parameter.shape))
+        return module
+
+
+def put(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    """Replace the parameter of that dotted name. Raises Corrupt when the shapes differ."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    old = getattr(owner, leaf)
+    if tuple(old.shape) != tuple(value.shape):
+        raise Corrupt(f"{name} has shape {tuple(value.shape)}, the configuration says {tuple(old.shape)}")
+    parameter = value if isinstance(value, torch.nn.Parameter) else torch.nn.Parameter(value, requires_grad=False)
+    owner._parameters[leaf] = parameter
+
+
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
+
+
+def license_of(folder: Path) -> str:
+    """The `license:` of the model card's front matter, or an empty string."""
+    card = folder / "README.md"
+    if card.exists():
+        match = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf8", errors="replace")[:4000], re.M)
+        return match[1] if match else ""
+    return ""
+
+
+def locate(model: str | Path) -> Path:
+    """A local path as it is; else a hub id, downloaded (or found in the local cache).
+
+    Raises Missing with the way out when it is neither.
+    """
+    path = Path(model)
+    if path.exists():
+        return path
+    text = str(model)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or text.startswith(".") or path.parent.is_dir():
+        raise Missing(f"no such model: {text}\nGive a folder with config.json, a .gguf file, or a hub id like org/name.")
+    try:
+        from huggingface_hub import snapshot_download
+    except ModuleNotFoundError as error:
+        raise Missing(f"no such folder: {text}\nFor a hub id: pip install 'wherry[torch]'") from error
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "1_Pooling/*"]
+    try:
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises many kinds: all of them mean that it is not to be had
+        reason = str(error).strip().split("\n")[0][:160]
+        raise Missing(f"no such model: {text} is not a folder here, and the hub did not give it.\n{reason}") from error

@@ -1,0 +1,75 @@
+"""GPTQ: round one column at a time and let the columns not yet rounded absorb the error.
+
+Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1; act-order with static groups as in the authors' code.
+Idea:   minimise ||(W - Q) X||^2. With H = X X^T + damp * mean(diag H) * I and H^-1 = U^T U (U upper),
+        rounding column j costs e_j = (w_j - q_j) / U_jj, which the rest pays: W[:, j:] -= e_j U[j, j:].
+        Columns go in the order of falling diag H; each keeps the scale of the group that it came from, which
+        was fixed before (static), so that the result needs no index of groups.
+Shapes: w [n, k]; x [tokens, k]; H, U [k, k]; e [n, block].      n = outputs, k = inputs.
+Cost:   O(n k^2 + k^3) time in lazy blocks of 128 columns, 8 k^2 bytes for H; one pass over the calibration tokens.
+Fails:  Diverged if H is not positive definite even with damp = 1 (too few tokens for k inputs).
+Differs: an exact zero stays zero (so that it composes with pruning); damping that fails is raised tenfold and reported.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from wherry.ops import grid
+from wherry.ops.solve import inverse_factor
+from wherry.recipe import Pass
+from wherry.scheme import QTensor
+
+
+class Hessian(NamedTuple):
+    """A sum over tokens, so that statistics of several ranks add up: sum of x x^T, and the number of tokens."""
+
+    total: torch.Tensor  # [k, k] float32
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTQ(Pass):
+    """damp: added to diag(H), as a fraction of its mean. actorder: "static" or "none"."""
+
+    damp: float = 0.01
+    actorder: str = "static"
+    block: int = 128
+
+    def observe(self, stat: Hessian | None, x: torch.Tensor) -> Hessian:
+        """Add the tokens x [tokens, k] to the statistic."""
+        x = x.float()
+        if stat is None:
+            return Hessian(x.T @ x, len(x))
+        return Hessian(torch.addmm(stat.total, x.T, x), stat.tokens + len(x))
+
+    def solve(self, w: torch.Tensor, stat: Hessian, notes: list[str] | None = None) -> QTensor:
+        """Codes of w [n, k] that keep w x where the calibration inputs lie."""
+        W, k = w.float().clone(), w.shape[-1]
+        scale, zero = grid.fit(W, self.scheme, self.portable)
+        size = k // scale.shape[-1]
+        H = stat.total / max(stat.tokens, 1)
+        order = torch.argsort(H.diagonal(), descending=True, stable=True) if self.actorder == "static" else torch.arange(k)
+        U, damp = inverse_factor(H[order][:, order], self.damp)
+        if damp != self.damp and notes is not None:
+            notes.append(f"damping raised from {self.damp:g} to {damp:g}: the Hessian was not positive definite")
+        keep = (W != 0)[:, order]  # an exact zero stays zero
+        W = W[:, order]
+        S = scale[:, order // size]  # the scale of each column's own group
+        Z = torch.zeros_like(S) if zero is None else zero.float()[:, order // size]
+        code = torch.empty_like(W)
+        for i in range(0, k, self.block):
+            j = min(i + self.block, k)
+            B, Ub = W[:, i:j].clone(), U[i:j, i:j]
+            E = torch.empty_like(B)
+            for c in range(j - i):
+                s, z = S[:, i + c], Z[:, i + c]
+                q = torch.round(B[:, c] / s + z).clamp_(self.scheme.qmin, self.scheme.qmax)
+                q = torch.where(keep[:, i + c], q, z)
+                E[:, c] = (B[:, c] - s * (q - z)) / Ub[c, c]
+                B[:, c:] -= E[:, c : c + 1] * Ub[c, c:]
+                code[:, i + c] = q
+            W[:, j:] -= E @ U[i:j, j:]
+        back = torch.argsort(order)
+        return QTensor(self.scheme, code[:, back].to(torch.int8), scale, zero)

@@ -1,0 +1,25 @@
+"""RTN: round to nearest, the baseline of every other method.
+
+Source: Jacob et al. 2018, arXiv:1712.05877, section 2.
+Idea:   each group's range gives its scale and zero; each weight takes the nearest code.
+Shapes: w [..., n, k]; one scale and zero per group of k / g inputs.
+Cost:   O(n k) time, one tensor in memory, no data.
+Fails:  never; error per weight is at most half a step, plus the rounding of the scale.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from wherry.ops import grid
+from wherry.recipe import Pass
+from wherry.scheme import QTensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RTN(Pass):
+    """Round to nearest."""
+
+    def solve(self, w: torch.Tensor, stat: None = None) -> QTensor:
+        """Codes of w by its own range alone."""
+        return grid.encode(w, self.scheme, *grid.fit(w, self.scheme, self.portable))

@@ -1,0 +1,354 @@
+"""Recipe: what to do, as text. Plan: what will happen to every single tensor, before any work.
+
+    "gptq:scheme=W4A16_ASYM,group_size=64"            one pass
+    "rtn:scheme=W8A16,targets=re:.*down_proj | gptq"  several, joined by |; a tensor belongs to the first that takes it
+    recipe.yaml                                       the same as a list of {method: {knob: value}}
+
+A Pass is a frozen dataclass that owns its knobs and its mathematics. By the methods that it defines, the engine
+knows its gait: only `solve` streams; `observe` + `solve` walks block by block with calibration data.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+import yaml
+
+from wherry import shelf
+from wherry.checkpoint import Checkpoint
+from wherry.errors import BadInput, Unsupported
+from wherry.scheme import PRESETS, QTensor, Scheme, Tensor
+from wherry.shelf import suggest
+
+EMBEDDING = "W8A16,group_size=32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One step of a recipe. Subclasses are files on a shelf; their fields are the knobs that a recipe can turn.
+
+    scheme: how the chosen weights will be stored; group_size is a knob of its own in a recipe.
+    embedding: scheme of the embedding and of the head, which share it when they are tied; "keep" leaves them.
+    portable: round scales to 7 significant bits so that every format holds exactly the same weights.
+    targets, ignore: layer names (`model.layers.0.mlp.up_proj`), or patterns after `re:`; several joined by `;`.
+    """
+
+    scheme: Scheme = PRESETS["W4A16"]
+    embedding: str = EMBEDDING
+    portable: bool = True
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+
+    def solve(self, w: torch.Tensor, stat: Any = None) -> QTensor:
+        """Codes for the weight w [..., n, k]; stat is what `observe` gathered, or None. `notes` may be filled."""
+        raise NotImplementedError
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs to see inputs: it defines `observe`, or the scheme has static activations."""
+        activations = self.scheme.activations
+        return hasattr(self, "observe") or (activations is not None and not activations.dynamic)
+
+    @property
+    def method(self) -> str:
+        """Its name on the shelf."""
+        return type(self).__name__.lower()
+
+    def __str__(self) -> str:
+        knobs = []
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.name == "scheme" or value != item.default:
+                knobs.append(f"{item.name}={';'.join(value) if isinstance(value, tuple) else value}")
+        return f"{self.method}:{','.join(knobs)}"
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a weight's or layer's name is meant by a pattern: exact, last part, or `re:` and a full match."""
+    layer = name.removesuffix(".weight")
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], layer) is not None
+        except re.error as error:
+            raise BadInput(f"'{pattern}' is not a regular expression: {error}") from error
+    return pattern in (layer, name) or layer.endswith(f".{pattern}")
+
+
+def build(method: str, knobs: dict[str, Any]) -> Pass:
+    """A pass from its name and its knobs as text or YAML values.
+
+    Raises:
+        Unsupported: no such method; BadInput: no such knob, or a value of the wrong type.
+    """
+    kind = shelf.load("quant", method)
+    hints, known = get_type_hints(kind), [item.name for item in dataclasses.fields(kind)]
+    knobs = dict(knobs)
+    size = knobs.pop("group_size", None)
+    values: dict[str, Any] = {}
+    for name, value in knobs.items():
+        if name not in known:
+            raise BadInput(f"{method} has no knob '{name}'{suggest(name, [*known, 'group_size'])}; it has: group_size, {', '.join(known)}")
+        values[name] = coerce(method, name, value, hints[name])
+    if size is not None:
+        scheme = values.get("scheme", next(f.default for f in dataclasses.fields(kind) if f.name == "scheme"))
+        values["scheme"] = scheme.with_group(coerce(method, "group_size", size, int))
+    made: Pass = kind(**values)
+    if made.embedding != "keep":
+        Scheme.parse(made.embedding)
+    return made
+
+
+def coerce(method: str, name: str, value: Any, kind: Any) -> Any:
+    """A knob's value as the type that its field declares."""
+    if kind is Scheme:
+        return Scheme.parse(str(value))
+    if kind is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if str(value).lower() in words:
+            return words[str(value).lower()]
+        raise BadInput(f"{method}: {name}={value} is not true or false")
+    if kind in (int, float):
+        try:
+            return kind(value)
+        except (ValueError, TypeError) as error:
+            raise BadInput(f"{method}: {name}={value} is not {'a whole number' if kind is int else 'a number'}") from error
+    if get_args(kind)[:1] == (str,):
+        return tuple(value) if isinstance(value, list | tuple) else tuple(str(value).split(";"))
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Passes in order."""
+
+    steps: tuple[Pass, ...]
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.steps))
+
+    @classmethod
+    def parse(cls, text: str) -> "Recipe":
+        """Read a recipe string or the path of a YAML file.
+
+        Raises BadInput or Unsupported, naming what is wrong and the nearest that is right.
+        """
+        if text.endswith((".yaml", ".yml")):
+            return cls.from_yaml(Path(text))
+        steps = []
+        for part in text.split("|"):
+            method, _, rest = part.strip().partition(":")
+            if not method:
+                raise BadInput(f"recipe '{text}' has an empty step; write METHOD:knob=value,knob=value")
+            knobs = {}
+            for item in filter(None, re.split(r",(?=[A-Za-z_]\w*=)", rest)):
+                key, equals, value = item.partition("=")
+                if not equals:
+                    raise BadInput(f"recipe '{text}': '{item}' is not knob=value")
+                knobs[key.strip()] = value.strip()
+            steps.append(build(method.strip(), knobs))
+        return cls(tuple(steps))
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> "Recipe":
+        """Read `[{method: {knob: value}}, ...]`, alone or under the key `recipe`."""
+        if not path.exists():
+            raise BadInput(f"no such recipe file: {path}")
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf8"))
+        except yaml.YAMLError as error:
+            raise BadInput(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+        steps = data.get("recipe") if isinstance(data, dict) else data
+        if not isinstance(steps, list) or not steps:
+            raise BadInput(f"{path} holds no recipe: a list of METHOD: {{knob: value}} is wanted")
+        made = []
+        for step in steps:
+            method, knobs = next(iter(step.items())) if isinstance(step, dict) and len(step) == 1 else (step, {})
+            if not isinstance(method, str) or not isinstance(knobs or {}, dict):
+                raise BadInput(f"{path}: '{step}' is not METHOD: {{knob: value}}")
+            made.append(build(method, knobs or {}))
+        return cls(tuple(made))
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML; `from_yaml` reads it back to an equal recipe."""
+        steps = []
+        for step in self.steps:
+            knobs = {}
+            for item in dataclasses.fields(step):
+                value = getattr(step, item.name)
+                knobs[item.name] = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Scheme) else value
+            scheme, _, size = knobs["scheme"].partition(",group_size=")
+            knobs["scheme"] = scheme
+            if size:
+                knobs["group_size"] = int(size)
+            steps.append({step.method: knobs})
+        return yaml.safe_dump({"recipe": steps}, sort_keys=False)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any step needs calibration data."""
+        return any(step.calibrated for step in self.steps)
+
+    def plan(self, checkpoint: Checkpoint, formats: tuple[str, ...] = ()) -> "Plan":
+        """Decide for every tensor, check it against every format, and raise what can be known to fail."""
+        plan = Plan(checkpoint, self, rows=[self._row(checkpoint, *item) for item in roles(checkpoint)])
+        for step in self.steps:
+            for pattern in (*step.targets, *step.ignore):
+                layers = [row.name.removesuffix(".weight") for row in plan.rows if row.role in QUANTIZABLE]
+                if not any(matches(pattern, layer) for layer in layers):
+                    raise BadInput(f"'{pattern}' matches no layer of {checkpoint.name}{suggest(pattern, layers)}")
+        if not any(row.scheme for row in plan.rows):
+            raise BadInput(f"the recipe '{self}' changes nothing in {checkpoint.name}")
+        for name in formats:
+            for tensor, note in shelf.find("formats", name).check(plan).items():
+                plan.note(tensor, f"{name}: {note}")
+        return plan
+
+    def _row(self, checkpoint: Checkpoint, name: str, role: str, why: str) -> "PlanRow":
+        shape, dtype = checkpoint.shape(name), checkpoint.source.dtype(name)
+        stored = checkpoint.scheme(name)
+        before = stored.bytes(shape) if stored else torch.Size(shape).numel() * dtype.itemsize
+        row = PlanRow(name, shape, str(dtype).removeprefix("torch."), role, None, -1, why, before, before)
+        if role not in QUANTIZABLE:
+            return row
+        reasons = []
+        for i, step in enumerate(self.steps):
+            if step.targets and not any(matches(p, name) for p in step.targets):
+                reasons.append(f"not among the targets of step {i + 1}")
+                continue
+            if any(matches(p, name) for p in step.ignore):
+                reasons.append(f"ignored by step {i + 1}")
+                continue
+            if role != "linear" and step.embedding == "keep":
+                reasons.append("embedding=keep")
+                continue
+            scheme = step.scheme if role == "linear" else Scheme.parse(step.embedding)
+            try:
+                scheme.scales_per_row(shape[-1])
+            except BadInput as error:
+                if role != "linear":
+                    reasons.append(str(error))
+                    continue
+                raise BadInput(f"{name}: {error}") from error
+            scale_bytes = 4 if scheme.bits > 4 or not step.portable else 2
+            after = scheme.bytes(shape, scale_bytes)
+            return dataclasses.replace(row, scheme=scheme, step=i, reason="", after=after)
+        return dataclasses.replace(row, reason="; ".join(reasons))
+
+
+QUANTIZABLE = ("linear", "embedding", "head")
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What will happen to one tensor.
+
+    role: "linear", "embedding", "head", "norm", "bias" or "other". scheme None: left as it is, for `reason`.
+    step: index of the pass that takes it, -1 if none. before, after: bytes in the checkpoint.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    role: str
+    scheme: Scheme | None
+    step: int
+    reason: str
+    before: int
+    after: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Plan:
+    """Every tensor of a checkpoint, with what will happen to it. Made and checked before any work."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    rows: list[PlanRow]
+    formats: tuple[str, ...] = field(default=())
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's configuration."""
+        return self.checkpoint.config
+
+    @property
+    def task(self) -> Any:
+        """The model's task."""
+        return self.checkpoint.task
+
+    @property
+    def before(self) -> int:
+        """Bytes of all tensors now."""
+        return sum(row.before for row in self.rows)
+
+    @property
+    def after(self) -> int:
+        """Bytes of all tensors in the checkpoint that will be written."""
+        return sum(row.after for row in self.rows)
+
+    def row(self, name: str) -> PlanRow:
+        """The row of one tensor."""
+        return next(row for row in self.rows if row.name == name)
+
+    def note(self, name: str, text: str) -> None:
+        """Add a remark to a tensor's row (an empty name: to the first row)."""
+        for i, row in enumerate(self.rows):
+            if row.name == name:
+                self.rows[i] = dataclasses.replace(row, notes=(*row.notes, text))
+
+    def taken(self, step: Pass | None = None) -> list[PlanRow]:
+        """Rows that will be quantized (by that pass)."""
+        return [row for row in self.rows if row.scheme and (step is None or self.recipe.steps[row.step] is step)]
+
+
+def roles(checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
+    """(name, role, reason to leave it alone or "") of every tensor, found from the module's structure on meta."""
+    module = checkpoint.skeleton()
+    places = checkpoint.places(module)
+    role: dict[str, tuple[str, str]] = {}
+    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    tables = [m for m in module.modules() if isinstance(m, torch.nn.Embedding)]
+    vocabulary = max((m.num_embeddings for m in tables), default=0)
+    for path, child in module.named_modules():
+        for leaf, _ in child.named_parameters(recurse=False):
+            name = places.get(f"{path}.{leaf}" if path else leaf)
+            if name is None:
+                continue
+            if isinstance(child, torch.nn.Embedding):
+                large = child.num_embeddings == vocabulary
+                found = ("embedding", "") if large else ("other", "a small table of positions or types")
+            elif child is head:
+                found = ("head", "") if leaf == "weight" else ("bias", "biases stay float")
+            elif isinstance(child, torch.nn.Linear) and leaf == "weight":
+                found = ("linear", "")
+            elif leaf == "bias":
+                found = ("bias", "biases stay float")
+            elif "norm" in type(child).__name__.lower():
+                found = ("norm", "norms stay float")
+            else:
+                found = ("other", f"a parameter of {type(child).__name__}: only Linear and Embedding are quantized")
+            if name not in role or role[name][0] == "head":
+                role[name] = found
+    out = []
+    for name in checkpoint.names():
+        kind, why = role.get(name, ("other", "not a parameter of the module"))
+        if kind in QUANTIZABLE and checkpoint.scheme(name) is not None:
+            kind, why = "other", "already quantized"
+        if "pooler" in name and kind == "linear":
+            kind, why = "other", "the pooler is not used by this task"
+        out.append((name, kind, why))
+    return out
+
+
+def static_activations(scheme: Scheme | None) -> bool:
+    """Whether a layer stored so needs the range of its inputs measured."""
+    return bool(scheme and scheme.activations and not scheme.activations.dynamic and isinstance(scheme.activations.grain, Tensor))
+
+
+Progress = Callable[[int, int, str], None]
+__all__ = ["EMBEDDING", "Pass", "Plan", "PlanRow", "Progress", "Recipe", "matches", "roles", "static_activations", "Unsupported"]

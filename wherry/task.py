@@ -83,7 +83,10 @@ class Task:
 
     def batch(self, texts: list[str]) -> dict[str, np.ndarray]:
         """Padded int64 inputs [batch, longest] by input name, for encoders."""
-        rows = [self.encode(text) for text in texts]
+        return self.pad([self.encode(text) for text in texts])
+
+    def pad(self, rows: list[list[int]]) -> dict[str, np.ndarray]:
+        """The same from token ids, one row per text."""
         width = max(len(row) for row in rows)
         pad = self.tokenizer.token_to_id(self.tokenizer_config.get("pad_token") or "[PAD]") or 0
         ids = np.full((len(rows), width), pad, dtype=np.int64)

@@ -356,3 +356,15 @@ def locate(model: str | Path) -> Path:
     except Exception as error:  # the hub's client raises many kinds: all of them mean that it is not to be had
         reason = str(error).strip().split("\n")[0][:160]
         raise Missing(f"no such model: {text} is not a folder here, and the hub did not give it.\n{reason}") from error
+
+
+def stack(module: torch.nn.Module) -> str:
+    """Path of the model's blocks: the longest ModuleList of one class. Raises Unsupported when there is none."""
+    found = {
+        path: len(child)
+        for path, child in module.named_modules()
+        if isinstance(child, torch.nn.ModuleList) and len({type(block) for block in child}) == 1
+    }
+    if not found:
+        raise Unsupported(f"{type(module).__name__} has no list of equal blocks to walk; use a method without data, like rtn")
+    return max(found, key=lambda path: found[path])

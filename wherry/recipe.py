@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from wherry import shelf
-from wherry.checkpoint import Checkpoint
+from wherry.checkpoint import Checkpoint, stack
 from wherry.errors import BadInput, Unsupported
 from wherry.scheme import PRESETS, QTensor, Scheme, Tensor
 from wherry.shelf import suggest
@@ -235,11 +235,14 @@ class Recipe:
                 raise BadInput(f"{name}: {error}") from error
             scale_bytes = 4 if scheme.bits > 4 or not step.portable else 2
             after = scheme.bytes(shape, scale_bytes)
-            return dataclasses.replace(row, scheme=scheme, step=i, reason="", after=after)
+            outside = step.calibrated and (role != "linear" or why == OUTSIDE)
+            notes = ("outside of the blocks: rounded to nearest, without data",) if outside else ()
+            return dataclasses.replace(row, scheme=scheme, step=i, reason="", after=after, notes=notes)
         return dataclasses.replace(row, reason="; ".join(reasons))
 
 
 QUANTIZABLE = ("linear", "embedding", "head")
+OUTSIDE = "outside of the blocks"
 
 
 @dataclass(frozen=True)
@@ -309,6 +312,7 @@ class Plan:
 def roles(checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
     """(name, role, reason to leave it alone or "") of every tensor, found from the module's structure on meta."""
     module = checkpoint.skeleton()
+    inside = stack(module) + "."
     places = checkpoint.places(module)
     role: dict[str, tuple[str, str]] = {}
     head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
@@ -325,7 +329,7 @@ def roles(checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
             elif child is head:
                 found = ("head", "") if leaf == "weight" else ("bias", "biases stay float")
             elif isinstance(child, torch.nn.Linear) and leaf == "weight":
-                found = ("linear", "")
+                found = ("linear", "" if path.startswith(inside) else OUTSIDE)
             elif leaf == "bias":
                 found = ("bias", "biases stay float")
             elif "norm" in type(child).__name__.lower():

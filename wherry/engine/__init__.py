@@ -1,0 +1,1 @@
+"""What walks over a model: stream (tensor by tensor, no data) and walk (block by block, calibrated)."""

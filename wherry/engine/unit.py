@@ -1,0 +1,140 @@
+"""Unit: the tensors that are worked on together (one block, or all that lies outside of the blocks), and how they end.
+
+Both gaits end a unit alike: codes in compressed-tensors' layout in one file of the journal, with an error and a
+digest for each weight; `assemble` streams all units into the final folder.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wherry import tensorfile
+from wherry.checkpoint import INDEX, Checkpoint, natural, stack
+from wherry.errors import Corrupt
+from wherry.formats import compressed_tensors
+from wherry.journal import Journal
+from wherry.ops import grid
+from wherry.recipe import Plan, PlanRow
+from wherry.scheme import QTensor
+from wherry.tensorfile import TensorFile
+
+SHARD_BYTES = 5 << 30
+
+
+@dataclass(frozen=True)
+class Unit:
+    """key: name in the journal. rows: its tensors. path: the block's module path, or "" outside of the blocks."""
+
+    key: str
+    rows: tuple[PlanRow, ...]
+    path: str = ""
+
+
+def units(plan: Plan) -> list[Unit]:
+    """The outside first, then the blocks in order."""
+    module = plan.checkpoint.skeleton()
+    path = stack(module)
+    count = len(module.get_submodule(path))
+    places = plan.checkpoint.places(module)
+    home = {weight: parameter for parameter, weight in places.items() if parameter.startswith(f"{path}.")}
+    blocks: list[list[PlanRow]] = [[] for _ in range(count)]
+    outside = []
+    for row in plan.rows:
+        if row.name in home:
+            blocks[int(home[row.name].removeprefix(f"{path}.").split(".")[0])].append(row)
+        else:
+            outside.append(row)
+    width = len(str(count))
+    inner = [Unit(f"block-{i:0{width}}", tuple(rows), f"{path}.{i}") for i, rows in enumerate(blocks)]
+    return [Unit("outside", tuple(outside)), *inner]
+
+
+def digest(weight: torch.Tensor) -> str:
+    """First 16 hex digits of the sha256 of a weight's float32 bytes, little endian, row by row."""
+    return hashlib.sha256(weight.float().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def sound(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself. Raises Corrupt when it holds NaN or inf."""
+    if tensor.is_floating_point():
+        bad = int((~torch.isfinite(tensor.float())).sum())
+        if bad:
+            raise Corrupt(f"{name} holds {bad} value(s) that are NaN or infinite; nothing was written.\nGet the model again.")
+    return tensor
+
+
+def round_to_nearest(plan: Plan, row: PlanRow, w: torch.Tensor) -> QTensor:
+    """Codes without data: for the embedding, the head, and whatever lies outside of the blocks."""
+    assert row.scheme
+    return grid.encode(w, row.scheme, *grid.fit(w, row.scheme, plan.recipe.steps[row.step].portable))
+
+
+def fact(row: PlanRow, original: torch.Tensor, result: torch.Tensor | QTensor, notes: list[str]) -> dict[str, Any]:
+    """What the manifest says of one weight: relative error and digest of what it decodes to."""
+    decoded = result.decode() if isinstance(result, QTensor) else result.float()
+    original = original.float()
+    norm = float(original.norm())
+    error = float((decoded - original).norm()) / norm if norm else 0.0
+    return {
+        "name": row.name, "shape": list(row.shape), "role": row.role, "step": row.step, "reason": row.reason,
+        "scheme": str(row.scheme) if row.scheme else None, "before": row.before, "after": row.after,
+        "notes": [*row.notes, *notes], "error": float(f"{error:.6g}"), "digest": digest(decoded),
+    }  # fmt: skip
+
+
+def assemble(plan: Plan, journal: Journal, done: list[TensorFile], folder: Path) -> list[dict[str, Any]]:
+    """Stream finished units into a Hugging Face folder: weights, config, tokenizer. Returns the plan as facts.
+
+    Memory: one chunk of 16 MiB. Disk: the weights once more, until the journal is removed.
+    """
+    folder.mkdir(exist_ok=True)
+    facts = sorted((f for unit in done for f in journal.facts(unit)["rows"]), key=lambda f: natural(f["name"]))
+    where = {name: unit for unit in done for name in unit.entries}
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in sorted(where, key=natural):
+        entry = where[name].entries[name]
+        if size and size + entry.end - entry.begin > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        size += entry.end - entry.begin
+        shards[-1].append(name)
+    weight_map = {}
+    for i, names in enumerate(shards, 1):
+        single = len(shards) == 1
+        file = folder / ("model.safetensors" if single else f"model-{i:05}-of-{len(shards):05}.safetensors")
+        weight_map.update(dict.fromkeys(names, file.name))
+        tensorfile.write_pieces(file, _pieces(names, where))
+    if len(shards) > 1:
+        total = sum(e.end - e.begin for unit in done for e in unit.entries.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        tensorfile.write_pieces(folder / INDEX, [json.dumps(index, indent=1).encode()])
+    checkpoint = plan.checkpoint
+    schemes = {row.name.removesuffix(".weight"): row.scheme for row in plan.rows if row.scheme}
+    left = [row.name.removesuffix(".weight") for row in plan.rows if row.role in ("linear", "head") and not row.scheme]
+    if checkpoint.tied:
+        left.append("lm_head")
+    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    config["quantization_config"] = compressed_tensors.quantization_config(schemes, left)
+    tensorfile.write_pieces(folder / "config.json", [json.dumps(config, indent=2, sort_keys=True).encode()])
+    compressed_tensors.side_files(checkpoint, folder)
+    tensorfile.write_pieces(folder / "recipe.yaml", [plan.recipe.to_yaml().encode()])
+    return facts
+
+
+def _pieces(names: list[str], where: dict[str, TensorFile]) -> Iterator[bytes]:
+    entries = {name: (where[name].entries[name].dtype, where[name].entries[name].shape) for name in names}
+    yield tensorfile.header_bytes(entries, {"format": "pt"})
+    for name in names:
+        yield from where[name].chunks(name)
+
+
+def original(checkpoint: Checkpoint, row: PlanRow) -> torch.Tensor | QTensor:
+    """One weight of the source, checked for NaN."""
+    tensor = checkpoint.tensor(row.name)
+    return tensor if isinstance(tensor, QTensor) else sound(row.name, tensor)

@@ -1,0 +1,255 @@
+"""compressed-tensors: a Hugging Face folder that stock transformers, vLLM and SGLang load.
+
+This is also how a compressed Checkpoint lies on disk: packed codes, scales, zero points, and a
+`quantization_config` in config.json. Source: compressed-tensors 0.20 (formats pack-quantized, int-quantized).
+    X.weight_packed       int32, codes packed densely (ops/pack.py)         pack-quantized, up to 8 bits
+    X.weight              int8, codes as they are                           int-quantized (W8A8)
+    X.weight_scale        float16, or float32 for 8 bits: what keeps scale * (code - zero) exact
+    X.weight_zero_point   int32, packed along the outputs                   asymmetric only
+    X.weight_shape        int64 [2]
+    X.input_scale, X.input_zero_point                                       static activations only
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wherry.artifact import MANIFEST, Artifact
+from wherry.checkpoint import SIDE_FILES, Checkpoint, Safetensors, license_of, natural
+from wherry.errors import Corrupt, Unsupported
+from wherry.ops.pack import pack, unpack
+from wherry.recipe import Plan, Progress
+from wherry.scheme import QTensor, Scheme
+from wherry.task import Task
+
+PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale", "input_zero_point")
+
+
+def check(plan: Plan) -> dict[str, str]:
+    """Notes per tensor. Raises Unsupported when compressed-tensors has no words for a scheme."""
+    for row in plan.taken():
+        assert row.scheme
+        row.scheme.to_compressed_tensors()
+    return {}
+
+
+def encode(name: str, tensor: torch.Tensor | QTensor) -> dict[str, torch.Tensor]:
+    """The tensors that hold one weight on disk. A plain tensor is itself."""
+    if not isinstance(tensor, QTensor):
+        return {name: tensor}
+    layer, scheme = name.removesuffix(".weight"), tensor.scheme
+    exact = scheme.bits <= 4 and bool((tensor.scale == tensor.scale.half().float()).all())
+    scale = tensor.scale.to(torch.float16 if exact else torch.float32)
+    if scheme.activations is not None:
+        out = {f"{layer}.weight": tensor.code, f"{layer}.weight_scale": scale}
+        if tensor.activation_scale is not None:
+            assert tensor.activation_zero is not None
+            out[f"{layer}.input_scale"] = tensor.activation_scale
+            out[f"{layer}.input_zero_point"] = tensor.activation_zero
+        return out
+    out = {
+        f"{layer}.weight_packed": pack(tensor.code, scheme.bits),
+        f"{layer}.weight_scale": scale,
+        f"{layer}.weight_shape": torch.tensor(tensor.shape, dtype=torch.int64),
+    }
+    if tensor.zero is not None:
+        out[f"{layer}.weight_zero_point"] = pack(tensor.zero.T.contiguous(), scheme.bits).T.contiguous()
+    return out
+
+
+def quantization_config(schemes: dict[str, Scheme], others: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json for {layer name: scheme}; others are Linear layers left alone."""
+    groups: dict[str, Any] = {}
+    formats = []
+    for i, scheme in enumerate(dict.fromkeys(schemes.values())):
+        layers = [name for name, own in schemes.items() if own == scheme]
+        form = "pack-quantized" if scheme.activations is None else "int-quantized"
+        formats.append(form)
+        groups[f"group_{i}"] = {
+            "targets": [f"re:^{pattern}$" for pattern in patterns(layers)],
+            **scheme.to_compressed_tensors(),
+            "output_activations": None,
+            "format": form,
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats[0] if len(set(formats)) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": others,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def patterns(layers: list[str]) -> list[str]:
+    """A short list of regular expressions that match exactly these names: runs of layer numbers are joined."""
+    numbers: dict[str, list[str]] = {}
+    for name in layers:
+        match = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)
+        key = f"{re.escape(match[1])}%{re.escape(match[3])}" if match else re.escape(name)
+        numbers.setdefault(key, []).append(match[2] if match else "")
+    sets: dict[tuple[str, ...], list[str]] = {}
+    for key, found in numbers.items():
+        sets.setdefault(tuple(found), []).append(key)
+    return [key.replace("%", f"({'|'.join(found)})") if found != ("",) else key for found, keys in sets.items() for key in keys]
+
+
+class Packed:
+    """A source whose weights are (partly) codes in compressed-tensors' layout."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self.plain = Safetensors(folder)
+        have = set(self.plain.names())
+        groups = [
+            (group["targets"], Scheme.from_compressed_tensors(group)) for group in config.get("config_groups", {}).values()
+        ]
+        ignore = config.get("ignore", [])
+        self.schemes: dict[str, Scheme] = {}
+        for name in have:
+            if name.endswith(".weight_scale"):
+                layer = name.removesuffix(".weight_scale")
+                kind = "Embedding" if "embed" in layer else "Linear"
+                fits = [s for targets, s in groups if any(meant(t, layer, kind) for t in targets)]
+                if not fits or any(meant(t, layer, "") for t in ignore):
+                    raise Corrupt(f"{folder}: {layer} has codes, but its quantization_config names no scheme for it")
+                self.schemes[f"{layer}.weight"] = fits[0]
+        parts = tuple(f".{part}" for part in PARTS)
+        self.own = sorted({n for n in have if not n.endswith(parts)} | set(self.schemes), key=natural)
+
+    def names(self) -> list[str]:
+        """All weights, layers in numeric order."""
+        return self.own
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the weight, also where it is packed."""
+        if name in self.schemes and self.schemes[name].activations is None:
+            return tuple(self.plain.read(name.removesuffix("weight") + "weight_shape").tolist())
+        return self.plain.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a float weight, or of the scales of a quantized one."""
+        return self.plain.dtype(f"{name}_scale" if name in self.schemes else name)
+
+    def scheme(self, name: str) -> Scheme | None:
+        """How the weight is stored."""
+        return self.schemes.get(name)
+
+    def read(self, name: str) -> torch.Tensor | QTensor:
+        """One weight: a plain tensor, or a QTensor with unpacked codes."""
+        if name not in self.schemes:
+            return self.plain.read(name)
+        layer, scheme = name.removesuffix(".weight"), self.schemes[name]
+        have = self.plain.where
+        scale = self.plain.read(f"{layer}.weight_scale").float()
+        extra = [self.plain.read(n) if n in have else None for n in (f"{layer}.input_scale", f"{layer}.input_zero_point")]
+        if scheme.activations is not None:
+            return QTensor(scheme, self.plain.read(name), scale, None, *extra)
+        rows, k = self.shape(name)
+        code = unpack(self.plain.read(f"{layer}.weight_packed"), scheme.bits, k)
+        zero = None
+        if not scheme.symmetric:
+            packed = self.plain.read(f"{layer}.weight_zero_point")
+            zero = unpack(packed.T.contiguous(), scheme.bits, rows).T.contiguous()
+        return QTensor(scheme, code, scale, zero, *extra)
+
+    def fingerprint(self) -> str:
+        """Of the files below."""
+        return self.plain.fingerprint()
+
+    def bytes(self) -> int:
+        """Of the files below."""
+        return self.plain.bytes()
+
+
+def meant(target: str, layer: str, kind: str) -> bool:
+    """Whether a target of a config group (class name, layer name, or `re:` pattern) means this layer."""
+    if target.startswith("re:"):
+        return re.match(target[3:], layer) is not None
+    return target in (layer, kind)
+
+
+def load(path: Path) -> Checkpoint:
+    """Open a compressed-tensors folder, ours or somebody else's, as a Checkpoint that holds codes."""
+    config = json.loads((path / "config.json").read_text(encoding="utf8"))
+    checkpoint = Checkpoint(
+        path, config, Task.of(path, config), Packed(path, config["quantization_config"]), path.resolve().name, license_of(path)
+    )
+    if (path / MANIFEST).exists():
+        manifest = Artifact.open(path).manifest
+        checkpoint.plan, checkpoint.recipe = manifest["plan"], manifest["recipe"]
+        checkpoint.name, checkpoint.origin = manifest["model"], manifest["source"]
+        checkpoint.license = manifest["license"] or checkpoint.license
+    return checkpoint
+
+
+def side_files(checkpoint: Checkpoint, out: Path) -> None:
+    """Copy tokenizer, generation config and the like, and write the task."""
+    for name in SIDE_FILES:
+        if (checkpoint.path / name).is_file():
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(checkpoint.path / name, out / name)
+    (out / "task.json").write_text(json.dumps(checkpoint.task.to_dict(), indent=1, sort_keys=True) + "\n", encoding="utf8")
+
+
+def save(checkpoint: Checkpoint, out: Path, progress: Progress) -> Artifact:
+    """A compressed checkpoint is this format already; this copies it file by file."""
+    if not isinstance(checkpoint.source, Packed):
+        raise Unsupported(f"{checkpoint.name} is not compressed: wherry compress it first")
+    files = [file.path for file in checkpoint.source.plain.files]
+    index = checkpoint.path / "model.safetensors.index.json"
+    for i, file in enumerate([*files, checkpoint.path / "config.json", *([index] if index.exists() else [])]):
+        progress(i, len(files) + 1, file.name)
+        shutil.copyfile(file, out / file.name)
+    side_files(checkpoint, out)
+    return Artifact.seal(out, **manifest(checkpoint, files[0].name))
+
+
+def manifest(checkpoint: Checkpoint, main: str) -> dict[str, Any]:
+    """The manifest's facts of a compressed-tensors folder."""
+    from wherry import __version__
+
+    return {
+        "wherry": __version__, "format": "compressed_tensors", "main": main, "task": checkpoint.task.to_dict(),
+        "model": checkpoint.name, "recipe": checkpoint.recipe, "source": checkpoint.origin, "license": checkpoint.license,
+        "params": checkpoint.params, "plan": checkpoint.plan,
+    }  # fmt: skip
+
+
+def decode(artifact: Artifact) -> Iterator[tuple[str, Any]]:
+    """Every weight in float32 by compressed-tensors' own decompressor, one at a time."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    config = json.loads((artifact.path / "config.json").read_text(encoding="utf8"))["quantization_config"]
+    source = Packed(artifact.path, config)
+    for name in source.names():
+        scheme = source.scheme(name)
+        if scheme is None:
+            yield name, source.plain.read(name).float().numpy()
+            continue
+        layer = name.removesuffix(".weight")
+        group = scheme.to_compressed_tensors()
+        form = "int-quantized" if scheme.activations is not None else "pack-quantized"
+        state = {
+            part: source.plain.read(f"{layer}.{part}") for part in ("weight", *PARTS) if f"{layer}.{part}" in source.plain.where
+        }
+        state["weight_scale"] = state["weight_scale"].float()
+        foreign = QuantizationScheme(targets=["Linear"], **group)
+        plain = BaseCompressor.get_value_from_registry(form).decompress(state, foreign)
+        yield name, plain["weight"].float().numpy()
+
+
+def command(artifact: Artifact) -> list[str]:
+    """Copy-paste lines that load the result."""
+    kind = "AutoModelForCausalLM" if artifact.task.kind == "text-generation" else "AutoModel"
+    path = artifact.path
+    lines = [f'python -c "from transformers import {kind} as M; m = M.from_pretrained(\'{path}\', dtype=\'float32\')"']
+    if artifact.task.kind == "text-generation":
+        lines.append(f"vllm serve {path}")
+    return [*lines, f"wherry serve {path}"]

@@ -1,0 +1,110 @@
+"""Journal: what is done, so that a killed run goes on where it was and ends as if it had not been killed.
+
+A run works in `.NAME.partial-FINGERPRINT` beside its output. Each unit of work (a block, the tensors outside of
+the blocks) ends as one safetensors file, written to a temporary name, flushed and renamed; what is whole is done,
+the rest is done again. The last step renames the folder to its final name. The fingerprint covers source,
+recipe, data and version, so that another run never takes this one's files.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wherry import tensorfile
+from wherry.errors import BadInput, Corrupt, Exhausted
+from wherry.tensorfile import TensorFile
+
+
+class Journal:
+    """The working folder of one run.
+
+    Raises:
+        BadInput: the output exists already, or its folder cannot be written.
+        Exhausted: less free space than `need` bytes.
+    """
+
+    def __init__(self, out: Path, stamp: dict[str, Any], need: int = 0) -> None:
+        self.out = out
+        text = json.dumps(stamp, sort_keys=True, default=str)
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.folder = out.parent / f".{out.name}.partial-{self.fingerprint}"
+        vacant(out)
+        self.resumed = self.folder.exists()
+        spent = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()) if self.resumed else 0
+        free = shutil.disk_usage(out.parent if out.parent.exists() else Path.cwd()).free
+        if need - spent > free:
+            raise Exhausted(
+                f"no space for {out}: {(need - spent) / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free.\n"
+                "Free space, or choose another -o."
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"cannot write beside {out}: {error.strerror}.\nChoose another -o.") from error
+        for leftover in self.folder.rglob("*.tmp"):
+            leftover.unlink()
+
+    def path(self, key: str) -> Path:
+        """Where the tensors of a unit lie."""
+        return self.folder / f"unit-{key}.safetensors"
+
+    def done(self, key: str) -> TensorFile | None:
+        """The finished unit of that key, or None when it must be (re)done."""
+        if not self.path(key).exists():
+            return None
+        try:
+            return TensorFile(self.path(key))
+        except Corrupt:
+            return None
+
+    def save(self, key: str, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> TensorFile:
+        """Finish a unit: its tensors, and facts as JSON in the file's metadata."""
+        tensorfile.write(self.path(key), tensors, {"facts": json.dumps(facts, sort_keys=True)})
+        return TensorFile(self.path(key))
+
+    @staticmethod
+    def facts(unit: TensorFile) -> dict[str, Any]:
+        """The facts of a finished unit."""
+        found: dict[str, Any] = json.loads(unit.metadata["facts"])
+        return found
+
+    def finish(self, result: Path) -> None:
+        """Move a folder inside of the journal to the output's name; the last step of a run.
+
+        The result leaves the journal, the journal is removed, the result takes its name: each step is atomic
+        or can be done again, so that a kill at any moment leaves either the output or a run that goes on.
+        """
+        self.ready.parent.mkdir(parents=True, exist_ok=True)
+        if not self.ready.exists():
+            fd = os.open(result, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+            os.rename(result, self.ready)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        vacant(self.out)
+        os.rename(self.ready, self.out)
+
+    @property
+    def ready(self) -> Path:
+        """Where a whole result waits for its name."""
+        return self.out.parent / f".{self.out.name}.partial-{self.fingerprint}.ready"
+
+    def discard(self) -> None:
+        """Remove all traces: used when the run cannot succeed."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def vacant(out: Path) -> None:
+    """Raise BadInput when the output exists already, or its parent does not or cannot be written."""
+    if out.exists():
+        raise BadInput(f"{out} exists already; wherry overwrites nothing.\nRemove it or choose another -o.")
+    parent = out.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise BadInput(f"{parent} is not a folder that can be written.\nChoose another -o.")

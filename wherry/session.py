@@ -88,3 +88,18 @@ class NoGenerate:
 
     def generate(self, tokens: Sequence[int], sampling: Sampling) -> Iterator[int]:
         raise NotImplementedError("this session does not generate text; use predict()")
+
+
+def draw(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:
+    """One token from logits [vocab]: greedy at temperature 0, else softmax cut by top_k, then by top_p."""
+    if sampling.temperature <= 0:
+        return int(logits.argmax())
+    order = np.argsort(-logits, kind="stable")
+    if sampling.top_k > 0:
+        order = order[: sampling.top_k]
+    scaled = logits[order].astype(np.float64) / sampling.temperature
+    p = np.exp(scaled - scaled.max())
+    p /= p.sum()
+    kept = int(np.searchsorted(np.cumsum(p), sampling.top_p) + 1) if sampling.top_p < 1 else len(p)
+    p = p[:kept] / p[:kept].sum()
+    return int(order[random.choice(len(p), p=p)])

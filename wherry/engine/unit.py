@@ -127,6 +127,11 @@ def assemble(plan: Plan, journal: Journal, done: list[TensorFile], folder: Path)
     return facts
 
 
+def main_file(folder: Path) -> str:
+    """Name of the file that a loader opens first."""
+    return "model.safetensors" if (folder / "model.safetensors").exists() else INDEX
+
+
 def _pieces(names: list[str], where: dict[str, TensorFile]) -> Iterator[bytes]:
     entries = {name: (where[name].entries[name].dtype, where[name].entries[name].shape) for name in names}
     yield tensorfile.header_bytes(entries, {"format": "pt"})

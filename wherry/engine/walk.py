@@ -136,9 +136,7 @@ def settle(
             assert not isinstance(w, QTensor)
             results[row.name] = q = solve(plan, row, w, watch, notes[row.name])
             put(module, places[row.name], q.decode())
-    flow.states = [
-        checked(out, unit) for out in flow.through(block)
-    ]
+    flow.states = [checked(out, unit) for out in flow.through(block)]
     tensors, facts = {}, []
     for row in unit.rows:
         tensors.update(compressed_tensors.encode(row.name, results[row.name]))
@@ -186,7 +184,7 @@ class Watch:
         self.stats: dict[str, Any] = {}
         self.ranges: dict[str, tuple[float, float]] = {}
         self.leader: dict[str, str] = {}
-        self.alive: list[tuple[torch.Tensor, str]] = []
+        self.alive: list[tuple[torch.Tensor, Pass, str]] = []
 
     def batch_ends(self) -> None:
         """Forget the tensors of this batch; statistics of a leader count for those that follow it."""
@@ -201,9 +199,9 @@ class Watch:
         """Fold one input x [..., k] into the statistic of the layer, or follow one that saw the same tensor."""
         leader = self.leader.get(name)
         if leader is None:
-            leader = next((own for seen, own in self.alive if seen is x), name)
+            leader = next((own for seen, other, own in self.alive if seen is x and other == step), name)
             self.leader[name] = leader
-        self.alive.append((x, leader))
+        self.alive.append((x, step, leader))
         if leader != name:
             return
         flat = x.reshape(-1, x.shape[-1])

@@ -6,32 +6,30 @@ Prompts and answers are never logged, and nothing of them is kept after the answ
 
 import asyncio
 import json
-import logging
 import secrets
 import time
-import traceback
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jinja2
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from wherry import errors
 from wherry.artifact import Artifact
 from wherry.report import Report
 from wherry.serve import openai
+from wherry.serve.events import Events, collect, events, until_gone
 from wherry.serve.facts import facts
+from wherry.serve.failure import NoSuchModel, Watch, error_answer, http_answer
 from wherry.serve.listen import check_port, run, serving
 from wherry.serve.metrics import Metrics
 from wherry.serve.openai import BadField, TextRequest
@@ -39,27 +37,9 @@ from wherry.serve.pieces import Piece
 from wherry.serve.work import Embedder, Line, Writer
 from wherry.session import Sampling, Session
 
-__all__ = ["STATUS", "Service", "check_port", "create_app", "run", "serving"]
+__all__ = ["Service", "check_port", "create_app", "run", "serving"]
 
 WEB = Path(__file__).parent / "web"
-LOG = logging.getLogger("wherry.serve")
-# error class -> HTTP status and the API's word for it
-STATUS: dict[type[errors.Error], tuple[int, str]] = {
-    errors.BadInput: (400, "invalid_request_error"),
-    errors.Unsupported: (400, "invalid_request_error"),
-    errors.Refused: (403, "permission_error"),
-    errors.Missing: (404, "invalid_request_error"),
-    errors.Exhausted: (429, "rate_limit_error"),
-    errors.Corrupt: (500, "server_error"),
-    errors.Diverged: (500, "server_error"),
-}
-HEADERS = [
-    (b"content-security-policy", b"default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cache-control", b"no-cache"),
-]
-T = TypeVar("T")
 
 
 def create_app(
@@ -86,8 +66,8 @@ def create_app(
     """
     service = Service(session, artifact, report, queue, max_tokens, max_body)
     routes = [
-        Route("/v1/chat/completions", partial(service.text, chat=True), methods=["POST"]),
-        Route("/v1/completions", partial(service.text, chat=False), methods=["POST"]),
+        Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        Route("/v1/completions", service.complete, methods=["POST"]),
         Route("/v1/embeddings", service.embeddings, methods=["POST"]),
         Route("/v1/models", service.models, methods=["GET"]),
         Route("/v1/models/{name:path}", service.models, methods=["GET"]),
@@ -101,7 +81,7 @@ def create_app(
     app = Starlette(
         routes=routes,
         lifespan=service.lifespan,
-        middleware=[Middleware(Watch, service=service)],
+        middleware=[Middleware(Watch, metrics=service.metrics)],
         exception_handlers={errors.Error: error_answer, HTTPException: http_answer},
     )
     app.state.service = service
@@ -141,8 +121,15 @@ class Service:
         await self.writer.close()
         await self.embedder.close()
 
-    async def text(self, request: Request, chat: bool) -> Response:
-        """POST /v1/chat/completions and /v1/completions."""
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        return await self._text(request, chat=True)
+
+    async def complete(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        return await self._text(request, chat=False)
+
+    async def _text(self, request: Request, chat: bool) -> Response:
         start = time.perf_counter()
         body = await self._body(request)
         self._needs(self.writes, "is a sentence encoder: it writes no text.\nUse /v1/embeddings, or the page at /.")
@@ -160,8 +147,8 @@ class Service:
         head = (f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time()), self.model, chat)
         if asked.stream:
             first = await until_gone(request, anext(stream, None))
-            return Events(_events(head, asked, len(tokens), first, stream), media_type="text/event-stream")
-        made = await until_gone(request, _collect(stream))
+            return Events(events(head, asked, len(tokens), first, stream))
+        made = await until_gone(request, collect(stream))
         counts = openai.usage(len(tokens), made[-1].tokens)
         text = "".join(piece.text for piece in made)
         return JSONResponse(openai.answer(*head, text, made[-1].finish or "stop", counts))
@@ -211,7 +198,9 @@ class Service:
     async def _body(self, request: Request) -> dict[str, Any]:
         """The body as an object, and a check of what every request needs."""
         if self.draining:
-            raise HTTPException(503, "the server is shutting down; send the request to another one", {"retry-after": "5"})
+            raise HTTPException(
+                503, "the server is shutting down; send the request to another one", {"retry-after": "5"}
+            )
         raw, size = bytearray(), 0
         async for part in request.stream():
             size += len(part)
@@ -238,7 +227,7 @@ class Service:
     def _tokens(self, prompt: str | list[int] | list[dict[str, str]]) -> list[int]:
         if isinstance(prompt, list) and isinstance(prompt[0], dict):
             try:
-                text = self.task.chat(prompt)  # type: ignore[arg-type]
+                text = self.task.chat(prompt)
             except jinja2.TemplateError as error:
                 what = f"the model's chat template cannot take this conversation: {error}"
                 raise BadField(what, "messages") from error
@@ -255,6 +244,8 @@ class Service:
         rows = []
         for i, item in enumerate(given):
             row = self.tokenizer.encode(item).ids if isinstance(item, str) else self._checked(item, f"input[{i}]")
+            if not row:
+                raise BadField(f"input[{i}] is empty", "input")
             if len(row) > self.context:
                 raise BadField(
                     f"input[{i}] has {len(row)} tokens, but the model reads {self.context} at most.\n"
@@ -273,7 +264,7 @@ class Service:
 
     async def _written(
         self, asked: TextRequest, tokens: list[int], room: int, chat: bool, start: float
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         """Pieces of one answer: a place in the line, the sampling, and the counters around them."""
         sampling = Sampling(
             max_tokens=min(asked.max_tokens or self.max_tokens, room),
@@ -283,7 +274,7 @@ class Service:
             seed=secrets.randbits(31) if asked.seed is None else asked.seed % (1 << 31),
             stop=self.task.stop,
         )
-        count, first, now = 0, 0.0, 0.0
+        count, first, now, ended = 0, 0.0, 0.0, False
         with self.line.place():
             self.metrics.tokens.labels("in").inc(len(tokens))
             try:
@@ -293,130 +284,14 @@ class Service:
                         if count == 0 and piece.tokens:
                             first = now
                             self.metrics.first_token.observe(now - start)
-                        count = piece.tokens
+                        count, ended = piece.tokens, piece.finish is not None
                         yield piece
+                if not ended:
+                    raise HTTPException(503, "the server shut down before the answer was complete")
             finally:
                 self.metrics.tokens.labels("out").inc(count)
                 if count > 1 and now > first:
                     self.metrics.speed.set((count - 1) / (now - first))
-
-
-class NoSuchModel(errors.Missing):
-    """The request names a model that is not served here."""
-
-    param, code = "model", "model_not_found"
-
-
-class ClientGone(Exception):
-    """The client hung up; nobody hears the answer."""
-
-
-class Events(StreamingResponse):
-    """Server-sent events that free what makes them, however the response ends."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self.body_iterator.aclose()  # type: ignore[union-attr]
-
-
-async def _events(
-    head: tuple[str, int, str, bool], asked: TextRequest, read: int, first: Piece | None, stream: AsyncIterator[Piece]
-) -> AsyncIterator[bytes]:
-    """The bytes of a streamed answer. An error after the first token becomes an event: the status is sent already."""
-    count = 0
-    piece: Piece | None = first
-    async with aclosing(stream):  # type: ignore[type-var]
-        try:
-            if head[3]:
-                yield openai.event(openai.chunk(*head, "", None, None))
-            while piece is not None:
-                count = piece.tokens
-                counts = openai.usage(read, count) if asked.every else None
-                if piece.text:
-                    yield openai.event(openai.chunk(*head, piece.text, None, counts))
-                if piece.finish:
-                    yield openai.event(openai.chunk(*head, "", piece.finish, counts))
-                piece = await anext(stream, None)
-        except Exception as error:
-            yield openai.event(json.loads(bytes(error_answer(None, error).body)))
-            return
-    if asked.usage:
-        yield openai.event(openai.chunk(*head, None, None, openai.usage(read, count)))
-    yield openai.DONE
-
-
-async def _collect(stream: AsyncIterator[Piece]) -> list[Piece]:
-    async with aclosing(stream):  # type: ignore[type-var]
-        return [piece async for piece in stream]
-
-
-async def until_gone(request: Request, work: Awaitable[T]) -> T:
-    """Await `work`, and cancel it when the client hangs up. Raises ClientGone then."""
-
-    async def hang_up() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    doing, watching = asyncio.ensure_future(work), asyncio.ensure_future(hang_up())
-    try:
-        await asyncio.wait({doing, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if not doing.done():
-            raise ClientGone
-        return doing.result()
-    finally:
-        doing.cancel()
-        watching.cancel()
-        await asyncio.gather(doing, watching, return_exceptions=True)
-
-
-class Watch:
-    """Around every request: headers, counters, and an answer for what nobody expected."""
-
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self.app, self.service = app, service
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        start, status = time.perf_counter(), 0
-
-        async def sent(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message.get("headers", []), *HEADERS]
-            await send(message)
-
-        try:
-            await self.app(scope, receive, sent)
-        except ClientGone:
-            status = 499
-        except Exception as error:
-            if not status:
-                await error_answer(None, error)(scope, receive, sent)
-        finally:
-            route = scope["path"] if "endpoint" in scope and not scope.get("path_params") else "other"
-            self.service.metrics.requests.labels(route, str(status)).inc()
-            self.service.metrics.seconds.labels(route).observe(time.perf_counter() - start)
-
-
-def error_answer(request: Request | None, error: Exception) -> JSONResponse:
-    """Any error as OpenAI's error object. What is not ours is logged without its message, which may hold a prompt."""
-    status, kind = next((STATUS[known] for known in STATUS if isinstance(error, known)), (500, "server_error"))
-    message = str(error)
-    if not isinstance(error, errors.Error):
-        LOG.error("%s in a request\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
-        message = f"the server failed inside ({type(error).__name__}); its log has the place"
-    body = openai.failure(message, kind, getattr(error, "param", None), getattr(error, "code", None) or None)
-    return JSONResponse(body, status)
-
-
-def http_answer(request: Request, error: Exception) -> JSONResponse:
-    """Wrong path, wrong method, too large, shutting down."""
-    raise NotImplementedError
 
 
 def _defaults(folder: Path) -> tuple[float, float]:
@@ -426,6 +301,3 @@ def _defaults(folder: Path) -> tuple[float, float]:
     if not own.get("do_sample"):
         return 1.0, 1.0
     return float(own.get("temperature") or 1.0), float(own.get("top_p") or 1.0)
-
-
-_: Callable

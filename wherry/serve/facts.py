@@ -26,9 +26,7 @@ def facts(session: Session, artifact: Artifact, report: Report | None, context: 
     """
     manifest = artifact.manifest
     rows = [] if report is None else report.rows
-    proof = [
-        {**asdict(row), "text": row.text()} for name in PROOF for row in rows if row.what.lower().startswith(name)
-    ]
+    proof = [{**asdict(row), "text": row.text()} for name in PROOF for row in rows if row.what.lower().startswith(name)]
     return {
         "model": {
             "name": artifact.name,

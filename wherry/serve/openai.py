@@ -39,11 +39,11 @@ CANNOT: dict[str, tuple[Any, ...]] = {
 
 
 class BadField(BadInput):
-    """A field of a request is wrong; `param` names it, `code` is the API's word for it."""
+    """A field of a request is wrong; `param` names it, `word` is the API's code for it."""
 
-    def __init__(self, message: str, param: str, code: str | None = None) -> None:
+    def __init__(self, message: str, param: str, word: str | None = None) -> None:
         super().__init__(message)
-        self.param, self.code = param, code
+        self.param, self.word = param, word
 
 
 class CannotDo(Unsupported):
@@ -51,7 +51,7 @@ class CannotDo(Unsupported):
 
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
-        self.param, self.code = param, "unsupported_parameter"
+        self.param, self.word = param, "unsupported_parameter"
 
 
 @dataclass(frozen=True)
@@ -178,11 +178,6 @@ def embeddings(model: str, vectors: Sequence[np.ndarray], packed: bool, read: in
     return {"object": "list", "data": data, "model": model, "usage": usage(read)}
 
 
-def failure(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The body of every error."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
 def event(data: dict[str, Any]) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
@@ -235,7 +230,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def _prompt(body: dict[str, Any]) -> str | list[int]:
-    prompt = body.get("prompt")
+    prompt: Any = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
         prompt = prompt[0]
     if isinstance(prompt, str) or _ids(prompt):

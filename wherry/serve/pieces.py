@@ -4,7 +4,7 @@ Two things are held back until they are decided: the bytes of a character that i
 spans several tokens), and the beginning of what may become a stop string.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -107,7 +107,7 @@ def pieces(
     *,
     continues: bool = False,
     halted: Callable[[], bool] = lambda: False,
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """Generate, and yield one Piece per token; the last one says why it ended. Frees the session however it ends.
 
     Args:

@@ -8,7 +8,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +19,17 @@ from wherry.errors import Diverged, Exhausted
 from wherry.serve.pieces import Piece, pieces
 from wherry.session import Sampling, Session
 from wherry.task import Task
+
+
+class Full(Exhausted):
+    """The line is full; `retry_s` is when to come back."""
+
+    def __init__(self, inside: int, places: int, retry_s: int) -> None:
+        super().__init__(
+            f"the server is busy: {inside} requests run or wait, and no more than {places} may.\n"
+            f"Try again in {retry_s} s."
+        )
+        self.retry_s = retry_s
 
 
 class Line:
@@ -36,12 +47,9 @@ class Line:
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """Stand in the line. Raises Exhausted when it is full."""
+        """Stand in the line. Raises Full when there is no place."""
         if self.inside >= self.places:
-            raise Exhausted(
-                f"the server is busy: {self.inside} requests run or wait, and no more than {self.places} may.\n"
-                f"Try again in {self.wait_s} s."
-            )
+            raise Full(self.inside, self.places, self.wait_s)
         self.inside += 1
         start = time.perf_counter()
         try:
@@ -62,7 +70,7 @@ class Writer:
 
     async def write(
         self, tokens: Sequence[int], sampling: Sampling, stop: Sequence[str], continues: bool
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         """Pieces as they come. Closing the iterator (or cancelling the task) frees the session at the next token."""
         loop, gone = asyncio.get_running_loop(), threading.Event()
         out: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
@@ -91,10 +99,14 @@ class Writer:
             gone.set()
             self.open.discard(gone)
 
-    async def close(self) -> None:
-        """Stop what still runs and wait for the thread."""
+    def halt(self) -> None:
+        """End every answer at its next token."""
         for gone in self.open:
             gone.set()
+
+    async def close(self) -> None:
+        """Stop what still runs and wait for the thread."""
+        self.halt()
         await asyncio.to_thread(self.pool.shutdown)
 
 

@@ -1,0 +1,106 @@
+"""Talk with a model in a terminal: plain text, streamed; Ctrl-C stops an answer, Ctrl-D leaves.
+
+When standard input is not a terminal each line of it is one message, and only answers go to standard output.
+"""
+
+import secrets
+import sys
+import time
+from collections.abc import Generator, Iterator
+
+from wherry.artifact import Artifact
+from wherry.errors import Unsupported
+from wherry.serve.pieces import Piece, pieces
+from wherry.session import Sampling, Session
+
+
+def chat(
+    session: Session,
+    artifact: Artifact,
+    *,
+    max_tokens: int = 1024,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+) -> None:
+    """Read messages, stream answers, say tokens per second after each; returns at the end of the input.
+
+    Args:
+        session: the artifact, loaded by a runtime; stays open.
+        artifact: a model of the task text-generation.
+        max_tokens: longest answer.
+        temperature: 0 takes the likeliest token each time.
+        top_p: draw from the likeliest tokens that together have this probability.
+        seed: of the drawing; None takes another one for every answer.
+
+    Raises:
+        Unsupported: the model does not write text.
+        BadInput: the model's chat template refuses the conversation.
+    """
+    task = artifact.task
+    if task.kind != "text-generation":
+        raise Unsupported(
+            f"{artifact.name} does not write text ({task.kind}).\nCompare sentences: wherry serve {artifact.path}"
+        )
+    context = min(task.max_length, int(session.facts.get("context", task.max_length)))
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        _note(f"{artifact.name} on {session.facts.get('runtime', '?')}. Ctrl-C stops an answer, Ctrl-D leaves.")
+    messages: list[dict[str, str]] = []
+    for line in _lines(terminal):
+        messages.append({"role": "user", "content": line})
+        tokens = task.tokenizer.encode(task.chat(messages), add_special_tokens=False).ids
+        if len(tokens) >= context:
+            whole = len(messages) == 1
+            what = "The message" if whole else "The conversation"
+            _note(
+                f"{what} has {len(tokens):,} tokens, the model's context {context:,}. "
+                + ("Send a shorter one." if whole else "It starts anew.")
+            )
+            messages = []
+            continue
+        drawn = secrets.randbits(31) if seed is None else seed
+        sampling = Sampling(min(max_tokens, context - len(tokens)), temperature, top_p, 0, drawn, task.stop)
+        answer = _show(pieces(session, task.tokenizer, tokens, sampling))
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _show(answer: Generator[Piece, None, None]) -> str:
+    """Print an answer as it comes and its speed after it; Ctrl-C ends it. Returns what was printed of it."""
+    text, start, first, count, stopped = "", time.perf_counter(), 0.0, 0, ""
+    try:
+        for piece in answer:
+            first = first or time.perf_counter()
+            text, count = text + piece.text, piece.tokens
+            print(piece.text, end="", flush=True)
+            if piece.finish == "length":
+                stopped = ", cut at its longest"
+    except KeyboardInterrupt:
+        stopped = ", stopped"
+    finally:
+        answer.close()
+    print(flush=True)
+    end = time.perf_counter()
+    speed = f"{(count - 1) / (end - first):.1f} tokens/s, " if count > 1 and end > first else ""
+    _note(f"[{speed}{count} tokens, first after {max(first - start, 0):.2f} s{stopped}]")
+    return text
+
+
+def _lines(terminal: bool) -> Iterator[str]:
+    """Messages that are not empty, until the input ends."""
+    while True:
+        try:
+            line = input("\n> ") if terminal else next(sys.stdin)
+        except (EOFError, StopIteration):
+            if terminal:
+                print()
+            return
+        except KeyboardInterrupt:
+            _note("\nCtrl-D leaves.")
+            continue
+        if line.strip():
+            yield line.strip()
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

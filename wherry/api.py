@@ -52,7 +52,7 @@ def calibration(checkpoint: Checkpoint, source: data.Data, samples: int, length:
     return [task.batch(by_length[n][i : i + 16]) for n in sorted(by_length) for i in range(0, len(by_length[n]), 16)]
 
 
-def compress(
+def compress_only(
     model: str | Path,
     out: str | Path,
     recipe: str | None = None,

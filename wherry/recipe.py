@@ -21,6 +21,7 @@ import yaml
 from wherry import shelf
 from wherry.checkpoint import Checkpoint, stack
 from wherry.errors import BadInput, Unsupported
+from wherry.ops import grid
 from wherry.scheme import PRESETS, QTensor, Scheme, Tensor
 from wherry.shelf import suggest
 
@@ -52,6 +53,11 @@ class Pass:
         """Whether it needs to see inputs: it defines `observe`, or the scheme has static activations."""
         activations = self.scheme.activations
         return hasattr(self, "observe") or (activations is not None and not activations.dynamic)
+
+    @property
+    def rounding(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """How scales are rounded before codes are solved; None when they are not."""
+        return grid.portable if self.portable else None
 
     @property
     def method(self) -> str:
@@ -235,8 +241,12 @@ class Recipe:
                 raise BadInput(f"{name}: {error}") from error
             scale_bytes = 4 if scheme.bits > 4 or not step.portable else 2
             after = scheme.bytes(shape, scale_bytes)
-            outside = step.calibrated and (role != "linear" or why == OUTSIDE)
-            notes = ("outside of the blocks: rounded to nearest, without data",) if outside else ()
+            notes: tuple[str, ...] = ()
+            if role != "linear":
+                after = 2 * torch.Size(shape).numel()  # what transformers can load is float: exact values in fp16
+                notes = (f"{scheme}, rounded to nearest; held in the checkpoint as fp16 of exactly these values",)
+            elif step.calibrated and why == OUTSIDE:
+                notes = ("outside of the blocks: rounded to nearest, without data",)
             return dataclasses.replace(row, scheme=scheme, step=i, reason="", after=after, notes=notes)
         return dataclasses.replace(row, reason="; ".join(reasons))
 

@@ -96,11 +96,16 @@ class Report:
     @classmethod
     def load(cls, path: Path | str) -> "Report":
         """Read what `save` wrote. Raises Corrupt when it is not that."""
+        return cls.from_json(Path(path).read_text(encoding="utf8"), str(path))
+
+    @classmethod
+    def from_json(cls, text: str, origin: str) -> "Report":
+        """Read what `to_json` made. Raises Corrupt naming `origin` when it is not that."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf8"))
-            return cls(data["title"], [Row(**{"value": None, **row}) for row in data["rows"]])
+            data = json.loads(text)
+            return cls(data["title"], [Row(**{"where": "", "value": None, **row}) for row in data["rows"]])
         except (ValueError, KeyError, TypeError) as error:
-            raise Corrupt(f"{path} is not a report written by wherry: {error}") from error
+            raise Corrupt(f"{origin} is not a report of wherry: {error}") from error
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -1,7 +1,6 @@
 """Stream: tensor by tensor from disk to disk, for methods that need no data. Memory: one tensor and its codes."""
 
-from wherry.engine.unit import Unit, fact, original, round_to_nearest, units
-from wherry.formats import compressed_tensors
+from wherry.engine.unit import Unit, fact, original, round_to_nearest, store, units
 from wherry.journal import Journal
 from wherry.recipe import Plan, Progress
 from wherry.scheme import QTensor
@@ -19,7 +18,7 @@ def settle(plan: Plan, unit: Unit, journal: Journal) -> TensorFile:
             step = plan.recipe.steps[row.step]
             plain = row.role != "linear" or step.calibrated
             result = round_to_nearest(plan, row, w) if plain else step.solve(w)
-        tensors.update(compressed_tensors.encode(row.name, result))
+        tensors.update(store(row, result))
         facts.append(fact(row, w.decode() if isinstance(w, QTensor) else w, result, []))
     return journal.save(unit.key, tensors, {"rows": facts})
 

@@ -71,7 +71,15 @@ def sound(name: str, tensor: torch.Tensor) -> torch.Tensor:
 def round_to_nearest(plan: Plan, row: PlanRow, w: torch.Tensor) -> QTensor:
     """Codes without data: for the embedding, the head, and whatever lies outside of the blocks."""
     assert row.scheme
-    return grid.encode(w, row.scheme, *grid.fit(w, row.scheme, plan.recipe.steps[row.step].portable))
+    rounding = grid.coarse if row.role != "linear" else plan.recipe.steps[row.step].rounding
+    return grid.encode(w, row.scheme, *grid.fit(w, row.scheme, rounding))
+
+
+def store(row: PlanRow, result: torch.Tensor | QTensor) -> dict[str, torch.Tensor]:
+    """The tensors that hold one result in the checkpoint."""
+    if row.role != "linear" and isinstance(result, QTensor):
+        return compressed_tensors.encode_table(row.name, result)
+    return compressed_tensors.encode(row.name, result)
 
 
 def fact(row: PlanRow, original: torch.Tensor, result: torch.Tensor | QTensor, notes: list[str]) -> dict[str, Any]:
@@ -97,7 +105,11 @@ def assemble(plan: Plan, journal: Journal, done: list[TensorFile], folder: Path)
     where = {name: unit for unit in done for name in unit.entries}
     shards: list[list[str]] = [[]]
     size = 0
-    for name in sorted(where, key=natural):
+    tables = {name: where[name].read(name) for name in where if name.endswith(compressed_tensors.TABLE_SCALE)}
+    if tables:
+        kinds = {row.name: str(row.scheme) for row in plan.rows if row.scheme and row.role != "linear"}
+        tensorfile.write(folder / compressed_tensors.TABLES, tables, kinds)
+    for name in sorted(set(where) - set(tables), key=natural):
         entry = where[name].entries[name]
         if size and size + entry.end - entry.begin > SHARD_BYTES:
             shards.append([])
@@ -111,12 +123,12 @@ def assemble(plan: Plan, journal: Journal, done: list[TensorFile], folder: Path)
         weight_map.update(dict.fromkeys(names, file.name))
         tensorfile.write_pieces(file, _pieces(names, where))
     if len(shards) > 1:
-        total = sum(e.end - e.begin for unit in done for e in unit.entries.values())
+        total = sum(where[name].entries[name].end - where[name].entries[name].begin for name in weight_map)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         tensorfile.write_pieces(folder / INDEX, [json.dumps(index, indent=1).encode()])
     checkpoint = plan.checkpoint
-    schemes = {row.name.removesuffix(".weight"): row.scheme for row in plan.rows if row.scheme}
-    left = [row.name.removesuffix(".weight") for row in plan.rows if row.role in ("linear", "head") and not row.scheme]
+    schemes = {r.name.removesuffix(".weight"): r.scheme for r in plan.rows if r.scheme and r.role == "linear"}
+    left = [r.name.removesuffix(".weight") for r in plan.rows if r.role == "head" or (r.role == "linear" and not r.scheme)]
     if checkpoint.tied:
         left.append("lm_head")
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}

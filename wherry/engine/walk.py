@@ -17,9 +17,8 @@ import torch
 from wherry import tensorfile
 from wherry.checkpoint import put
 from wherry.engine import stream
-from wherry.engine.unit import Unit, fact, original, round_to_nearest, sound, units
+from wherry.engine.unit import Unit, fact, original, round_to_nearest, sound, store, units
 from wherry.errors import Diverged
-from wherry.formats import compressed_tensors
 from wherry.journal import Journal
 from wherry.recipe import Pass, Plan, PlanRow, Progress, static_activations
 from wherry.scheme import QTensor
@@ -139,7 +138,7 @@ def settle(
     flow.states = [checked(out, unit) for out in flow.through(block)]
     tensors, facts = {}, []
     for row in unit.rows:
-        tensors.update(compressed_tensors.encode(row.name, results[row.name]))
+        tensors.update(store(row, results[row.name]))
         w = weights[row.name]
         facts.append(fact(row, w.decode() if isinstance(w, QTensor) else w, results[row.name], notes[row.name]))
         if row.name in places:

@@ -8,6 +8,8 @@ This is also how a compressed Checkpoint lies on disk: packed codes, scales, zer
     X.weight_zero_point   int32, packed along the outputs                   asymmetric only
     X.weight_shape        int64 [2]
     X.input_scale, X.input_zero_point                                       static activations only
+The embedding and the head, which transformers cannot load as shared codes, are float16 of exactly the values
+that their 8-bit codes mean; the scales that give the codes back are in `embedding-scales.safetensors`.
 """
 
 import json
@@ -22,11 +24,14 @@ import torch
 from wherry.artifact import MANIFEST, Artifact
 from wherry.checkpoint import SIDE_FILES, Checkpoint, Safetensors, license_of, natural
 from wherry.errors import Corrupt, Unsupported
+from wherry.ops.grid import encode as encode_by
 from wherry.ops.pack import pack, unpack
 from wherry.recipe import Plan, Progress
 from wherry.scheme import QTensor, Scheme
 from wherry.task import Task
+from wherry.tensorfile import TensorFile
 
+TABLES, TABLE_SCALE = "embedding-scales.safetensors", ".embedding_scale"
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale", "input_zero_point")
 
 
@@ -62,6 +67,18 @@ def encode(name: str, tensor: torch.Tensor | QTensor) -> dict[str, torch.Tensor]
     return out
 
 
+def encode_table(name: str, tensor: QTensor) -> dict[str, torch.Tensor]:
+    """An embedding or a head as exact float16, and its scales.
+
+    Raises Corrupt when float16 does not hold the values (a fault of the caller: the scales must be `coarse`).
+    """
+    decoded = tensor.decode()
+    half, scale = decoded.half(), tensor.scale.half()
+    if not torch.equal(half.float(), decoded) or not torch.equal(scale.float(), tensor.scale):
+        raise Corrupt(f"{name}: float16 does not hold the values of {tensor.scheme} exactly")
+    return {name: half, name.removesuffix(".weight") + TABLE_SCALE: scale}
+
+
 def quantization_config(schemes: dict[str, Scheme], others: list[str]) -> dict[str, Any]:
     """The `quantization_config` of config.json for {layer name: scheme}; others are Linear layers left alone."""
     groups: dict[str, Any] = {}
@@ -84,6 +101,8 @@ def quantization_config(schemes: dict[str, Scheme], others: list[str]) -> dict[s
         "ignore": others,
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
+        # transformers 5 loads packed zero points only in this way, and only when there is one group
+        **({"dequantize": True} if len(groups) == 1 and not next(iter(schemes.values())).symmetric else {}),
     }
 
 
@@ -119,6 +138,12 @@ class Packed:
                 if not fits or any(meant(t, layer, "") for t in ignore):
                     raise Corrupt(f"{folder}: {layer} has codes, but its quantization_config names no scheme for it")
                 self.schemes[f"{layer}.weight"] = fits[0]
+        self.tables: dict[str, torch.Tensor] = {}
+        if (folder / TABLES).exists():
+            file = TensorFile(folder / TABLES)
+            for name, spelling in file.metadata.items():
+                self.schemes[name] = Scheme.parse(spelling)
+                self.tables[name] = file.read(name.removesuffix(".weight") + TABLE_SCALE).float()
         parts = tuple(f".{part}" for part in PARTS)
         self.own = sorted({n for n in have if not n.endswith(parts)} | set(self.schemes), key=natural)
 
@@ -128,13 +153,13 @@ class Packed:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the weight, also where it is packed."""
-        if name in self.schemes and self.schemes[name].activations is None:
+        if f"{name}_packed" in self.plain.where:
             return tuple(self.plain.read(name.removesuffix("weight") + "weight_shape").tolist())
         return self.plain.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a float weight, or of the scales of a quantized one."""
-        return self.plain.dtype(f"{name}_scale" if name in self.schemes else name)
+        return self.plain.dtype(f"{name}_scale" if name in self.schemes and name not in self.tables else name)
 
     def scheme(self, name: str) -> Scheme | None:
         """How the weight is stored."""
@@ -145,6 +170,8 @@ class Packed:
         if name not in self.schemes:
             return self.plain.read(name)
         layer, scheme = name.removesuffix(".weight"), self.schemes[name]
+        if name in self.tables:
+            return encode_by(self.plain.read(name), scheme, self.tables[name], None)
         have = self.plain.where
         scale = self.plain.read(f"{layer}.weight_scale").float()
         extra = [self.plain.read(n) if n in have else None for n in (f"{layer}.input_scale", f"{layer}.input_zero_point")]
@@ -202,8 +229,9 @@ def save(checkpoint: Checkpoint, out: Path, progress: Progress) -> Artifact:
     if not isinstance(checkpoint.source, Packed):
         raise Unsupported(f"{checkpoint.name} is not compressed: wherry compress it first")
     files = [file.path for file in checkpoint.source.plain.files]
+    tables = checkpoint.path / TABLES
     index = checkpoint.path / "model.safetensors.index.json"
-    for i, file in enumerate([*files, checkpoint.path / "config.json", *([index] if index.exists() else [])]):
+    for i, file in enumerate([*files, checkpoint.path / "config.json", *filter(Path.exists, (index, tables))]):
         progress(i, len(files) + 1, file.name)
         shutil.copyfile(file, out / file.name)
     side_files(checkpoint, out)
@@ -230,7 +258,7 @@ def decode(artifact: Artifact) -> Iterator[tuple[str, Any]]:
     source = Packed(artifact.path, config)
     for name in source.names():
         scheme = source.scheme(name)
-        if scheme is None:
+        if scheme is None or name in source.tables:
             yield name, source.plain.read(name).float().numpy()
             continue
         layer = name.removesuffix(".weight")

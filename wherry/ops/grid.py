@@ -5,14 +5,17 @@ Source: Jacob et al. 2018, arXiv:1712.05877 (affine quantization); the rounding 
     compressed-tensors, so that round-to-nearest here equals llm-compressor's.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from wherry.errors import Unsupported
 from wherry.scheme import Group, QTensor, Row, Scheme
 
+Rounding = Callable[[torch.Tensor], torch.Tensor]
 PORTABLE_BITS = 7  # significant bits of a portable scale: 7 + 4 <= 11, what fp16 holds
-PORTABLE_MIN = 2.0**-18  # below it fp16 is subnormal and no longer holds 7 bits
-PORTABLE_MAX = 65504.0 / 16
+COARSE_BITS = 3  # of a scale whose 8-bit codes must decode exactly in fp16: 3 + 8 <= 11
+FP16_MOST, FP16_LEAST = 65504.0, 2.0**-24
 
 
 def portable(scale: torch.Tensor) -> torch.Tensor:
@@ -23,7 +26,18 @@ def portable(scale: torch.Tensor) -> torch.Tensor:
     """
     mantissa, exponent = torch.frexp(scale)
     rounded = torch.ldexp(torch.round(mantissa * 2**PORTABLE_BITS), exponent - PORTABLE_BITS)
-    return rounded.clamp(PORTABLE_MIN, PORTABLE_MAX)
+    return rounded.clamp(FP16_LEAST * 2 ** (PORTABLE_BITS - 1), FP16_MOST / 16)
+
+
+def coarse(scale: torch.Tensor) -> torch.Tensor:
+    """Round a positive scale up to 3 significant bits: then s*q is exact in fp16 for codes of 8 bits.
+
+    For embeddings and heads: a format that cannot share int8 codes between both holds them as fp16, and still
+    decodes to the same weights. The step grows by 0 to 25%; it never clips.
+    """
+    mantissa, exponent = torch.frexp(scale)
+    rounded = torch.ldexp(torch.ceil(mantissa * 2**COARSE_BITS), exponent - COARSE_BITS)
+    return rounded.clamp(FP16_LEAST * 2 ** (COARSE_BITS - 1), FP16_MOST / 128)
 
 
 def grouped(w: torch.Tensor, scheme: Scheme) -> torch.Tensor:
@@ -33,8 +47,10 @@ def grouped(w: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return w.unflatten(-1, (scheme.scales_per_row(w.shape[-1]), -1))
 
 
-def fit(w: torch.Tensor, scheme: Scheme, exact_in_fp16: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale and zero of each group from its minimum and maximum.
+def fit(
+    w: torch.Tensor, scheme: Scheme, rounding: Rounding | None = portable
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and zero of each group from its minimum and maximum; the scale is rounded by `rounding`, if any.
 
     Returns scale float32 [..., n, g] > 0 and zero int8 of the same shape (None when symmetric).
     """
@@ -46,8 +62,8 @@ def fit(w: torch.Tensor, scheme: Scheme, exact_in_fp16: bool = True) -> tuple[to
     else:
         scale = (high - low) / span
     scale = torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=torch.finfo(torch.float32).tiny)
-    if exact_in_fp16:
-        scale = portable(scale)
+    if rounding is not None:
+        scale = rounding(scale)
     if scheme.symmetric:
         return scale, None
     zero = (scheme.qmin - torch.round(low / scale)).clamp(scheme.qmin, scheme.qmax)

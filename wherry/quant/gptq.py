@@ -47,7 +47,7 @@ class GPTQ(Pass):
     def solve(self, w: torch.Tensor, stat: Hessian, notes: list[str] | None = None) -> QTensor:
         """Codes of w [n, k] that keep w x where the calibration inputs lie."""
         W, k = w.float().clone(), w.shape[-1]
-        scale, zero = grid.fit(W, self.scheme, self.portable)
+        scale, zero = grid.fit(W, self.scheme, self.rounding)
         size = k // scale.shape[-1]
         H = stat.total / max(stat.tokens, 1)
         order = torch.argsort(H.diagonal(), descending=True, stable=True) if self.actorder == "static" else torch.arange(k)

@@ -22,4 +22,4 @@ class RTN(Pass):
 
     def solve(self, w: torch.Tensor, stat: None = None) -> QTensor:
         """Codes of w by its own range alone."""
-        return grid.encode(w, self.scheme, *grid.fit(w, self.scheme, self.portable))
+        return grid.encode(w, self.scheme, *grid.fit(w, self.scheme, self.rounding))

@@ -1,0 +1,114 @@
+"""Which runtime runs an artifact: named by the user, or the fastest of those installed, measured on this machine."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+
+from wherry import shelf
+from wherry.artifact import MANIFEST, Artifact
+from wherry.errors import BadInput, Error, Missing, Unsupported
+from wherry.report import Report
+from wherry.session import Sampling, Session
+
+QUICK_TOKENS = 24
+
+
+def artifacts(path: Path | str) -> list[Artifact]:
+    """The artifact at `path` and those inside of it; a plain Hugging Face folder counts as one."""
+    path = Path(path)
+    if path.is_dir() and not (path / MANIFEST).exists() and (path / "config.json").exists():
+        return [shelf.find("runtimes", "torch").wrap(path)]
+    found = [Artifact.open(path)]
+    if path.is_dir():
+        found += [Artifact.open(file.parent) for file in sorted(path.glob(f"*/{MANIFEST}"))]
+    return found
+
+
+def able(path: Path | str, runtime: str = "auto") -> list[tuple[Artifact, str]]:
+    """Pairs of artifact and runtime that are installed and fit.
+
+    Raises:
+        Unsupported: the named runtime cannot run what lies there; Missing: none that could is installed.
+    """
+    names = list(shelf.names("runtimes")) if runtime == "auto" else [runtime]
+    pairs, absent, here = [], [], artifacts(path)
+    for name in names:
+        try:
+            module = shelf.find("runtimes", name)
+            module.available()
+        except Missing as error:
+            if runtime != "auto":
+                raise
+            absent.append(str(error).splitlines()[-1])
+            continue
+        pairs += [(artifact, name) for artifact in here if module.accepts(artifact)]
+    if not pairs:
+        formats = ", ".join(artifact.format for artifact in here)
+        if absent:
+            raise Missing(f"no installed runtime runs {path} ({formats}).\nInstall one: {' or '.join(dict.fromkeys(absent))}")
+        raise Unsupported(f"{runtime} does not run {path} ({formats})")
+    return pairs
+
+
+def quick(session: Session, artifact: Artifact) -> float:
+    """Seconds for a little work: decode 24 tokens, or embed 8 sentences; after one warm-up."""
+    task = artifact.task
+    if task.kind == "text-generation":
+        prompt = list(range(10, 42))
+
+        def work() -> None:
+            for _ in session.generate(prompt, Sampling(max_tokens=QUICK_TOKENS)):
+                pass
+    else:
+        batch = task.batch(task.examples() * 4)
+
+        def work() -> None:
+            session.predict(batch)
+
+    work()
+    start = perf_counter()
+    work()
+    return perf_counter() - start
+
+
+def open_session(path: Path | str, runtime: str = "auto", threads: int = 0) -> tuple[Session, Artifact, Report]:
+    """Load an artifact on a runtime; with "auto", time each that fits and keep the fastest. The report says which and why."""
+    report, best = Report("choice of runtime"), None
+    pairs = able(path, runtime)
+    if len(pairs) == 1:
+        artifact, name = pairs[0]
+        report.add("runtime", artifact.format, name, note="the only one that fits" if runtime == "auto" else "as asked")
+        return shelf.find("runtimes", name).load(artifact, threads=threads), artifact, report
+    failures = []
+    for artifact, name in pairs:
+        try:
+            session = shelf.find("runtimes", name).load(artifact, threads=threads)
+            seconds = quick(session, artifact)
+        except Error as error:
+            failures.append(error)
+            report.add("not chosen", f"{artifact.format} on {name}", None, note=str(error).splitlines()[0])
+            continue
+        report.add("quick run", f"{artifact.format} on {name}", seconds, "s")
+        if best is None or seconds < best[0]:
+            if best:
+                best[1].close()
+            best = (seconds, session, artifact, name)
+        else:
+            session.close()
+    if best is None:
+        raise failures[0]
+    report.add("runtime", best[2].format, best[3], note=f"the fastest of {len(pairs) - len(failures)} measured")
+    return best[1], best[2], report
+
+
+def measured(artifact: Artifact, runtime: str, where: str, threads: int = 0, timeout_s: int = 1200) -> Report:
+    """Speed and peak memory of one artifact on one runtime, in a fresh process, so that peaks do not mix."""
+    path = artifact.main if artifact.format == "gguf" and not (artifact.path / MANIFEST).exists() else artifact.path
+    command = [sys.executable, "-m", "wherry", "measure", str(path), "--runtime", runtime, "--threads", str(threads), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+    if done.returncode:
+        raise BadInput(f"measuring {where} on {runtime} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+    found = Report.from_json(done.stdout, "the measuring process")
+    return Report(found.title, [replace(row, where=where) for row in found])

@@ -1,0 +1,311 @@
+"""`wherry VERB ...`: the command line. Each command is one call of the verb of the same name in `wherry.api`."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the core to others
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from wherry import __version__, shelf
+from wherry.errors import Error
+from wherry.report import Report
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Compress a trained model, prove it on the runtime that will run it, export it, serve it.",
+    epilog="First use: wherry compress MODEL -o OUT --format gguf, then wherry serve OUT",
+)  # fmt: skip
+out, err = Console(), Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="A folder with config.json, a .gguf file, or a hub id.", show_default=False)]
+ArtifactPath = Annotated[Path, typer.Argument(help="A folder that wherry wrote, or a .gguf file.", show_default=False)]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to make; it must not exist.", show_default=False)]
+RecipeText = Annotated[
+    str | None,
+    typer.Option("--recipe", help='"METHOD:knob=value,..." (several joined by " | "), or a YAML file.', show_default=False),
+]
+DataFile = Annotated[
+    Path | None, typer.Option("--data", help="Text (.txt .jsonl .csv .tsv) or token ids (.npy).", show_default=False)
+]
+Runtime = Annotated[str, typer.Option("--runtime", help="A name of `wherry list runtimes`, or auto: the fastest, measured.")]
+Threads = Annotated[int, typer.Option("--threads", help="0 = all cores.")]
+Json = Annotated[bool, typer.Option("--json", help="Print rows of what, where, value, unit as JSON, and nothing else.")]
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Options that go before the verb."""
+    if version:
+        print(f"wherry {__version__}")
+        raise typer.Exit
+
+
+@contextmanager
+def bar() -> Iterator[Any]:
+    """One progress display on standard error, with time left; plain lines when there is no terminal."""
+    if not err.is_terminal:
+        last: list[str] = [""]
+
+        def line(done: int, total: int, text: str) -> None:
+            key = text.split(".")[0]
+            if text and (key != last[0] or done == total):
+                last[0] = key
+                print(f"{done}/{total} {text}", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err) as shown:
+        current = shown.add_task("")
+
+        def update(done: int, total: int, text: str) -> None:
+            shown.update(current, completed=done, total=total, description=f"{text:32.32}")
+
+        yield update
+
+
+def show(report: Report, as_json: bool) -> None:
+    """Print a report as a table, or as JSON rows."""
+    if as_json:
+        sys.stdout.write(report.to_json())
+        return
+    table = Table(title=report.title or None, title_justify="left", box=None, pad_edge=False)
+    table.add_column("what")
+    table.add_column("where")
+    table.add_column("value", justify="right")
+    table.add_column("note", overflow="fold")
+    for row in report:
+        table.add_row(row.what, row.where, row.text(), row.note if row.value is not None else "")
+    out.print(table)
+
+
+def judge(report: Report, as_json: bool) -> None:
+    """Show a report with a verdict; exit with 1 when it failed."""
+    show(report, as_json)
+    verdict = report.get("verdict")
+    if verdict and verdict.value != "PASS":
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    target: Annotated[str | None, typer.Option(help="A format: say which tensors it can hold.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """Say what a model is: architecture, task, parameters, bytes, tensors."""
+    from wherry import api
+
+    show(api.inspect(model, target), json)
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Out,
+    recipe: RecipeText = None,
+    format: Annotated[str, typer.Option(help="Also export: gguf, onnx; several joined by commas.")] = "",
+    data: DataFile = None,
+    evaluation: Annotated[Path | None, typer.Option(help="Data to judge on, apart from --data.", show_default=False)] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    seed: Annotated[int, typer.Option(help="How windows are drawn.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the forecast; write nothing.")] = False,
+    json: Json = False,
+) -> None:
+    """Compress a model; with --format also export, reload, and measure each result against the original."""
+    from wherry import api
+
+    formats = tuple(filter(None, format.split(",")))
+    settings: dict[str, Any] = {"samples": samples, "length": length, "seed": seed}
+    if dry_run:
+        show(api.dry_run(model, recipe, formats, data, **settings), json)
+        return
+    with bar() as progress:
+        report = api.compress(
+            model, out, recipe, formats, data, evaluation, device=device, progress=progress, say=_say(json), **settings
+        )
+    judge(report, json)
+    if not json:
+        _lines(out)
+
+
+def _say(quiet: bool) -> Any:
+    return (lambda text: None) if quiet else lambda text: err.print(text, highlight=False, soft_wrap=True)
+
+
+def _lines(path: Path) -> None:
+    from wherry import api
+
+    print("\nLoad it:")
+    for line in api.commands(path):
+        print(f"  {line}")
+
+
+@app.command()
+def export(
+    checkpoint: Model,
+    out: Out,
+    format: Annotated[str, typer.Option(help="A name of `wherry list formats`.", show_default=False)],
+    json: Json = False,
+) -> None:
+    """Write a checkpoint in another format, holding the same codes."""
+    from wherry import api
+
+    with bar() as progress:
+        report = api.export(checkpoint, out, format, progress)
+    show(report, json)
+    if not json:
+        _lines(out)
+
+
+@app.command()
+def verify(
+    artifact: ArtifactPath,
+    against: Annotated[str | None, typer.Option(help="The original model, to compare with.", show_default=False)] = None,
+    data: DataFile = None,
+    runtime: Runtime = "auto",
+    json: Json = False,
+) -> None:
+    """Reload an artifact in the runtime that will run it, check and measure it: PASS or FAIL."""
+    from wherry import api
+
+    with bar() as progress:
+        report = api.verify(artifact, against, data, runtime, progress=progress)
+    judge(report, json)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: DataFile = None,
+    runtime: Runtime = "auto",
+    json: Json = False,
+) -> None:
+    """Measure quality on data: perplexity of text, or correlation on sentence pairs."""
+    from wherry import api
+
+    with bar() as progress:
+        report = api.evaluate(model, data, runtime, progress=progress)
+    show(report, json)
+
+
+@app.command()
+def compare(a: Model, b: Model, data: DataFile = None, json: Json = False) -> None:
+    """Measure two models or artifacts side by side on the same data."""
+    from wherry import api
+
+    with bar() as progress:
+        report = api.compare(a, b, data, progress=progress)
+    show(report, json)
+
+
+@app.command()
+def measure(artifact: ArtifactPath, runtime: Runtime = "auto", threads: Threads = 0, json: Json = False) -> None:
+    """Time an artifact and read this process's peak memory."""
+    from wherry import api
+
+    show(api.measure(artifact, runtime, threads), json)
+
+
+@app.command()
+def serve(
+    artifact: ArtifactPath,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 = any free one.")] = 8000,
+    runtime: Runtime = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Serve an artifact: OpenAI-compatible API, metrics, and a page at /."""
+    from wherry import api
+
+    api.serve(artifact, host, port, runtime, threads)
+
+
+@app.command()
+def chat(artifact: ArtifactPath, runtime: Runtime = "auto", threads: Threads = 0) -> None:
+    """Talk to an artifact in the terminal."""
+    from wherry import api
+
+    api.chat(artifact, runtime, threads)
+
+
+@app.command(name="list")
+def listing(
+    what: Annotated[str, typer.Argument(help="A shelf: quant, formats, runtimes, evaluate, ...; or schemes.")] = "",
+    json: Json = False,
+) -> None:
+    """List methods, formats, runtimes: what there is, one line each."""
+    from wherry import api
+
+    show(api.listing(what), json)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Say what this machine has: CPU features, memory, disk, packages, and the pip line of each that is missing."""
+    from wherry.doctor import examine
+
+    show(examine(), json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where to work; a finished step is not done again.")] = Path("demo-out"),
+    port: Annotated[int, typer.Option(help="Port of the server; 0 = any free one.")] = 8000,
+) -> None:
+    """Compress two real models, prove them, serve one: everything at once."""
+    from wherry.demo import run
+
+    with bar() as progress:
+        server = run(out, progress, _say(False))
+    server(port, sys.stdin.isatty() and sys.stdout.isatty())
+
+
+def main() -> None:
+    """Run a command; turn a wherry.Error into one to three lines and its exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        err.print("stopped; the same command goes on where it was", highlight=False)
+        sys.exit(130)
+    except Error as error:
+        if debug:
+            raise
+        err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(error.code)
+    except BrokenPipeError:
+        sys.exit(0)
+    except Exception as error:
+        if debug or type(error).__module__.split(".")[0] not in ("click", "typer"):
+            if debug:
+                raise
+            kind = type(error).__name__
+            err.print(f"error: {kind}: {error}\nThis is a fault of wherry; `wherry --debug ...` shows where.", markup=False)
+            sys.exit(1)
+        message = getattr(error, "format_message", lambda: str(error))()
+        err.print(f"error: {message}\nwherry {' '.join(sys.argv[1:2])} --help says more.", markup=False, highlight=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

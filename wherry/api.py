@@ -1,170 +1,441 @@
-"""The verbs: inspect, plan, compress, export, verify, evaluate, compare, serve, chat. The one file that knows every shelf."""
+"""The verbs: inspect, plan, compress, export, verify, evaluate, compare, measure, serve, chat. The one file that knows all."""
 
-import json
-import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from wherry import __version__, data, shelf
-from wherry.artifact import Artifact
-from wherry.checkpoint import Checkpoint
-from wherry.errors import BadInput, Error, Unsupported
-from wherry.journal import Journal
-from wherry.recipe import Plan, Recipe
+from wherry import data, shelf
+from wherry.artifact import MANIFEST, Artifact
+from wherry.choose import able, artifacts, measured, open_session
+from wherry.errors import BadInput, Missing
 from wherry.report import Report
 
 Progress = Callable[[int, int, str], None]
+Say = Callable[[str], None]
 SAMPLES, LENGTH, SEED = 64, 512, 0
+RUNTIME_OF = {"compressed_tensors": "torch", "safetensors": "torch", "gguf": "llamacpp", "onnx": "onnxruntime"}
 
 
 def quiet(done: int, total: int, text: str) -> None:
     """A progress display that shows nothing."""
 
 
-def plan(model: str | Path, recipe: str | None = None, formats: tuple[str, ...] = ()) -> Plan:
+def silent(text: str) -> None:
+    """A voice that says nothing."""
+
+
+def default_recipe(checkpoint: Any) -> str:
+    """What is done when no recipe is given: GPTQ at 4 bits for generators, static int8 for encoders."""
+    if checkpoint.task.kind != "text-generation":
+        return "rtn:scheme=W8A8_STATIC"
+    from wherry.recipe import roles
+
+    widths = {checkpoint.shape(name)[-1] for name, role, _ in roles(checkpoint) if role == "linear"}
+    size = next((g for g in (64, 32, 16) if all(k % g == 0 for k in widths)), -1)
+    return f"gptq:scheme=W4A16_ASYM,group_size={size}"
+
+
+def plan(model: str | Path, recipe: str | None = None, formats: tuple[str, ...] = ()) -> Any:
     """Decide and check everything that can be known before any work. Cost: seconds; reads no weights."""
+    from wherry.checkpoint import Checkpoint
+    from wherry.recipe import Recipe
+
     checkpoint = Checkpoint.open(model)
     return Recipe.parse(recipe or default_recipe(checkpoint)).plan(checkpoint, formats)
 
 
-def default_recipe(checkpoint: Checkpoint) -> str:
-    """What is done when no recipe is given: GPTQ at 4 bits for generators, static int8 for encoders."""
-    if checkpoint.task.kind != "text-generation":
-        return "rtn:scheme=W8A8_STATIC"
-    widths = {checkpoint.shape(n)[-1] for n in checkpoint.names() if "_proj" in n and len(checkpoint.shape(n)) == 2}
-    size = next((g for g in (64, 32, 128, 16) if widths and all(k % g == 0 for k in widths)), -1)
-    return f"gptq:scheme=W4A16_ASYM,group_size={size}"
+def inspect(model: str | Path, target: str | None = None) -> Report:
+    """Architecture, task, parameters, bytes, and how many tensors are stored in which way. Reads no weights."""
+    from wherry.checkpoint import Checkpoint
+    from wherry.recipe import roles
+
+    checkpoint = Checkpoint.open(model)
+    report = Report(f"{checkpoint.name}")
+    config = checkpoint.config
+    report.add("architecture", "", (config.get("architectures") or [config.get("model_type", "?")])[0])
+    report.add("task", "", checkpoint.task.kind, note=f"judged by {', '.join(checkpoint.task.metrics)}")
+    report.add("license", "", checkpoint.license or "not stated")
+    report.add("parameters", "", checkpoint.params)
+    report.add("bytes", "", checkpoint.source.bytes(), "B")
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+        if key in config:
+            report.add(key, "config.json", config[key])
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for name, role, _ in roles(checkpoint):
+        stored = checkpoint.scheme(name) or str(checkpoint.source.dtype(name)).removeprefix("torch.")
+        kinds.setdefault((role, str(stored)), []).append(name)
+    for (role, stored), names in kinds.items():
+        count = sum(_count(checkpoint.shape(name)) for name in names)
+        report.add("tensors", role, len(names), note=f"{stored}, {count:,} parameters, {names[0]} ...")
+    if target:
+        from wherry.recipe import Recipe
+
+        made = Recipe.parse(default_recipe(checkpoint)).plan(checkpoint)
+        try:
+            notes = shelf.find("formats", target).check(made)
+            report.add("target", target, True, note=f"can hold {made.recipe}; {len(notes)} notes")
+        except Exception as error:
+            if not hasattr(error, "code"):
+                raise
+            report.add("target", target, False, note=str(error))
+    return report
 
 
-def calibration(checkpoint: Checkpoint, source: data.Data, samples: int, length: int, seed: int) -> list[dict[str, np.ndarray]]:
-    """Batches of model inputs. Generators: windows of `length` tokens, 4 a batch; encoders: sentences of equal length together."""
-    task = checkpoint.task
-    if task.kind == "text-generation":
-        length = min(length, task.max_length)
-        table = data.windows(source, task, length, samples, seed)
-        return [{"input_ids": table[i : i + 4]} for i in range(0, len(table), 4)]
-    by_length: dict[int, list[str]] = {}
-    for text in data.sentences(source, 8 * samples, seed):
-        by_length.setdefault(len(task.encode(text)), []).append(text)
-    return [task.batch(by_length[n][i : i + 16]) for n in sorted(by_length) for i in range(0, len(by_length[n]), 16)]
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for extent in shape:
+        total *= extent
+    return total
 
 
-def compress_only(
+def dry_run(
     model: str | Path,
-    out: str | Path,
     recipe: str | None = None,
     formats: tuple[str, ...] = (),
     data_file: str | Path | None = None,
     samples: int = SAMPLES,
     length: int = LENGTH,
     seed: int = SEED,
+) -> Report:
+    """The plan of a compression, tensor by tensor, with the forecast of memory, disk and size. Writes nothing."""
+    from wherry.deliver import forecast
+
+    made, batches, _ = _prepare(model, recipe, formats, data_file, samples, length, seed, silent)
+    report = Report(f"plan: {made.recipe}")
+    for row in made.rows:
+        what = str(row.scheme) if row.scheme else f"as it is ({row.dtype})"
+        note = "; ".join([*([row.reason] if row.reason else []), *row.notes])
+        report.add(what, row.name, row.after, "B", note=f"was {row.before:,} B" + (f"; {note}" if note else ""))
+    for what, value in forecast(made, batches, formats).items():
+        report.add(f"forecast: {what}", "", value, "B")
+    report.add("forecast: blocks", "", made.config.get("num_hidden_layers"), note="a killed run loses at most one")
+    return report
+
+
+def _prepare(
+    model: str | Path, recipe: str | None, formats: tuple[str, ...], data_file: str | Path | None,
+    samples: int, length: int, seed: int, say: Say,
+) -> tuple[Any, list[Any], dict[str, Any]]:  # fmt: skip
+    from wherry.deliver import calibration
+
+    made = plan(model, recipe, formats)
+    if recipe is None:
+        say(f"no --recipe given: taking {made.recipe}")
+    if not made.recipe.calibrated:
+        if data_file is not None:
+            data.read(data_file)
+            say(f"{made.recipe} needs no data: {data_file} is not used")
+        return made, [], {"data": None}
+    source = data.read(data_file or data.shipped("calibration"))
+    if data_file is None:
+        say(f"no --data given: calibrating on the shipped {source.name}")
+    batches = calibration(made.checkpoint, source, samples, length, seed)
+    found = sum(len(next(iter(batch.values()))) for batch in batches)
+    if made.task.kind == "text-generation" and found < samples:
+        say(f"{source.name} gives {found} windows of {length} tokens, fewer than the {samples} asked for")
+    return made, batches, {"data": source.digest, "calibration": source.name, "windows": [samples, length, seed]}
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    recipe: str | None = None,
+    formats: tuple[str, ...] = (),
+    data_file: str | Path | None = None,
+    evaluation: str | Path | None = None,
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    seed: int = SEED,
     device: str = "cpu",
     progress: Progress = quiet,
-) -> Artifact:
-    """Compress a model into the folder `out`, which stock transformers loads; with formats, exports inside of it.
+    say: Say = silent,
+) -> Report:
+    """Compress a model into the folder `out`, which stock transformers loads; with formats, export and prove each.
 
     A killed run goes on where it was when it is called again with the same arguments.
 
     Args:
         model: folder, .gguf file or hub id.
         out: folder to make; it must not exist.
-        recipe: recipe string or YAML file; None = default_recipe.
+        recipe: recipe string or YAML file; None = default_recipe, and `say` tells.
         formats: names on the formats shelf; each becomes a folder inside of `out`.
-        data_file: calibration data (.txt, .jsonl, .csv, .tsv, .npy token ids); None = the shipped text.
+        data_file: calibration data (.txt, .jsonl, .csv, .tsv, .npy token ids); None = the shipped text, and `say` tells.
+        evaluation: data to judge on; None = the shipped text, from another source than the calibration's.
         samples, length, seed: calibration windows, their length in tokens, and how they are drawn.
-        device: "cpu", or a torch device.
-        progress: called as progress(done, total, text).
+        device: "cpu".
+        progress: called as progress(done, total, text). say: told what was chosen by default.
+
+    Returns: sizes; the proof's rows and a verdict. The same rows are in out/report.json.
 
     Raises:
         wherry.Error: before any work where it can be known; nothing is left behind.
     """
+    from wherry.deliver import deliver
+    from wherry.describe import write
+
     if device != "cpu":
-        raise Unsupported(f"--device {device}: compressing runs on the CPU in this version")
+        raise BadInput(f"--device {device}: this version compresses on the CPU; leave --device away")
     out = Path(out)
-    made = plan(model, recipe, formats)
-    checkpoint = made.checkpoint
-    batches, stamp = [], {"data": None, "samples": None}
-    if made.recipe.calibrated:
-        source = data.read(data_file or data.shipped("calibration" if checkpoint.task.kind == "text-generation" else "pairs"))
-        batches = calibration(checkpoint, source, samples, length, seed)
-        stamp = {"data": source.digest, "samples": [samples, length, seed]}
-    stamp |= {"wherry": __version__, "source": checkpoint.source.fingerprint(), "recipe": str(made.recipe)}
-    journal = Journal(out, stamp | {"formats": formats}, need=forecast(made, batches, formats)["disk"])
-    result = journal.folder / "result"
+    judged = data.read(evaluation) if evaluation else None
+    for name in formats:
+        shelf.find("formats", name)
+    made, batches, stamp = _prepare(model, recipe, formats, data_file, samples, length, seed, say)
+    report = Report(f"{made.checkpoint.name} -> {out.name}")
+
+    def describe(result: Path) -> None:
+        _sizes(report, made, result)
+        report.extend(_prove_folder(result, made.checkpoint, judged, bool(formats), progress))
+        write(result, out, report, stamp)
+
+    deliver(made, out, formats, batches, stamp | {"judged": judged.digest if judged else None}, describe, progress)
+    return report if report.rows else Report.load(out / "report.json")
+
+
+def _sizes(report: Report, made: Any, result: Path) -> None:
+    report.add("recipe", "", str(made.recipe))
+    report.add("parameters", "original", made.checkpoint.params)
+    report.add("bytes", "original", made.checkpoint.source.bytes(), "B")
+    for artifact in artifacts(result):
+        weights = sum(entry["bytes"] for name, entry in artifact.manifest["files"].items() if _is_weights(name))
+        where = _where(artifact, result)
+        report.add("bytes", where, weights, "B", note="weight files")
+        report.add("bits per parameter", where, 8 * weights / made.checkpoint.params, "bits")
+    for row in Artifact.open(result).manifest["plan"]:
+        if row["scheme"]:
+            report.add("weight error", row["name"], row["error"], note=f"{row['scheme']}; relative, root mean square")
+        for note in row["notes"]:
+            report.add("note", row["name"], note)
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".gguf", ".onnx", ".data"))
+
+
+def _where(artifact: Artifact, root: Path) -> str:
+    return "checkpoint" if artifact.path == root else artifact.path.name
+
+
+def _prove_folder(root: Path, original: Any, judged: data.Data | None, full: bool, progress: Progress) -> Report:
+    """Prove a delivered folder. Without exports: structure only, which has the same result at every run."""
+    from wherry.evaluate import proof
+    from wherry.prove import Item, prove
+
+    items = [Item(a, RUNTIME_OF[a.format], _where(a, root)) for a in artifacts(root)]
+    if full:
+        report = prove(items, original, judged, progress=progress)
+        report.rows += [replace(row, where="original") for row in _time_original(original)]
+        return report
+    artifact = items[0].artifact
+    decoded = shelf.find("formats", artifact.format).decode(artifact)
+    report = proof.structure(
+        artifact, decoded, lambda name: original.weight(name).numpy(), "checkpoint", allowed=set(original.names()), progress=progress
+    )
+    return proof.conclude(report.extend(proof.same_task(artifact.task, original.task, None, "checkpoint")))
+
+
+def _time_original(original: Any) -> list[Any]:
+    if not (original.path / "config.json").exists() or original.config.get("quantization_config"):
+        return []
     try:
-        if not journal.ready.exists():
-            if not (result / "wherry.json").exists():
-                shutil.rmtree(result, ignore_errors=True)
-                _checkpoint(made, journal, batches, result, progress)
-            for name in formats:
-                _export(Checkpoint.open(result), result / name, name, progress)
-        journal.finish(result)
-    except Error as error:
-        if error.code in (2, 3, 4, 5, 6):
-            journal.discard()
-        raise
-    return Artifact.open(out)
+        artifact = shelf.find("runtimes", "torch").wrap(original.path)
+    except Missing:  # a GGUF file's side files without weights: there is no float original on disk to time
+        return []
+    note = "torch, float32: slow on some CPUs; ONNX Runtime float32 is the fairer baseline"
+    return [replace(row, note=note) for row in measured(artifact, "torch", "original")]
 
 
-def _checkpoint(made: Plan, journal: Journal, batches: list[Any], result: Path, progress: Progress) -> None:
-    from wherry.engine import unit
+def export(checkpoint: str | Path, out: str | Path, format: str, progress: Progress = quiet) -> Report:
+    """Write a checkpoint in another format, holding the same codes, into the folder `out`.
 
-    gait = shelf.find("engine", "walk" if batches else "stream")
-    done = gait.run(made, journal, batches, progress) if batches else gait.run(made, journal, progress)
-    facts = unit.assemble(made, journal, done, result)
-    checkpoint = made.checkpoint
-    from wherry.formats import compressed_tensors
-
-    fields = compressed_tensors.manifest(checkpoint, unit.main_file(result))
-    origin = checkpoint.origin or checkpoint.name
-    Artifact.seal(result, **fields | {"plan": facts, "recipe": str(made.recipe), "source": origin})
-
-
-def _export(checkpoint: Checkpoint, out: Path, name: str, progress: Progress) -> Artifact:
-    """Save into a temporary folder beside `out`, then rename; a finished one is left alone."""
-    if (out / "wherry.json").exists():
-        return Artifact.open(out)
-    module = shelf.find("formats", name)
-    temporary = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        module.save(checkpoint, temporary, progress)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return Artifact.open(out)
-
-
-def export(checkpoint: str | Path, out: str | Path, format: str, progress: Progress = quiet) -> Artifact:
-    """Write a checkpoint (compressed or not) in another format, into the folder `out`."""
+    Raises Unsupported, before any work, when the format cannot hold one of its schemes.
+    """
+    from wherry.checkpoint import Checkpoint
+    from wherry.deliver import save
+    from wherry.evaluate import proof
     from wherry.journal import vacant
+    from wherry.recipe import Plan
 
     source, out = Checkpoint.open(checkpoint), Path(out)
     vacant(out)
-    Recipe.check(source, format)
-    return _export(source, out, format, progress)
+    module = shelf.find("formats", format)
+    notes = module.check(Plan.of(source))
+    artifact = save(source, out, format, progress)
+    report = Report(f"{source.name} -> {out}")
+    report.add("bytes", format, artifact.bytes, "B")
+    for name, note in notes.items():
+        report.add("note", name, note)
+    report.extend(proof.structure(artifact, module.decode(artifact), None, format, progress=progress))
+    return proof.conclude(report)
 
 
-def forecast(made: Plan, batches: list[Any], formats: tuple[str, ...] = ()) -> dict[str, int]:
-    """Bytes of memory and disk that a run will take, and of its result. An estimate; rows of the dry run."""
-    largest = max(np.prod(row.shape, dtype=np.int64) for row in made.rows)
-    blocks: dict[str, int] = {}
-    for row in made.rows:
-        part = row.name.split(".")
-        number = next((p for p in part if p.isdigit()), "")
-        blocks[number] = blocks.get(number, 0) + int(np.prod(row.shape, dtype=np.int64))
-    inner = max((v for k, v in blocks.items() if k), default=0)
-    tokens = sum(next(iter(b.values())).size for b in batches)
-    hidden = int(made.config.get("hidden_size", 0))
-    flow = 3 * tokens * hidden * 4
-    statistics = sum({row.shape[-1]: 4 * row.shape[-1] ** 2 for row in made.rows if row.role == "linear"}.values())
-    memory = 400_000_000 + (12 * inner + flow + 6 * statistics if batches else 0) + 24 * int(largest)
-    disk = made.after * (2 + len(formats)) + (flow if batches else 0)
-    return {"memory": memory, "disk": disk, "result": made.after}
+def verify(
+    artifact: str | Path,
+    against: str | Path | None = None,
+    data_file: str | Path | None = None,
+    runtime: str = "auto",
+    speed: bool = True,
+    progress: Progress = quiet,
+) -> Report:
+    """Reload an artifact on the runtime that will run it and prove it; the last row is the verdict, PASS or FAIL.
+
+    Args:
+        artifact: a folder that wherry wrote, or a .gguf file; of a folder with exports inside, all are proved.
+        against: the original model; without it, structure and finite outputs alone are proved, and the report says so.
+        data_file: data to judge on; None = what the package ships.
+        runtime: a name, or "auto" for the usual one of each format.
+        speed: also measure speed and memory.
+        progress: called as progress(done, total, text).
+    """
+    from wherry.checkpoint import Checkpoint
+    from wherry.prove import Item, prove
+
+    original = Checkpoint.open(against) if against else None
+    source = data.read(data_file) if data_file else None
+    found = artifacts(artifact)
+    root = Path(artifact)
+    if runtime != "auto":
+        found = [a for a, _ in able(artifact, runtime)]
+    items = [Item(a, RUNTIME_OF[a.format] if runtime == "auto" else runtime, _where(a, root)) for a in found]
+    report = prove(items, original, source, speed, progress)
+    report.title = f"proof of {artifact}"
+    if original is None:
+        report.rows.insert(0, replace(report.rows[0], what="against", where="", value=None, note="no --against: not compared with an original"))
+    return report
 
 
-__all__ = ["BadInput", "Report", "json"]
+def evaluate(
+    model: str | Path, data_file: str | Path | None = None, runtime: str = "auto", progress: Progress = quiet
+) -> Report:
+    """Quality of a model or artifact on data: perplexity of text, Spearman and Pearson on sentence pairs."""
+    from wherry.evaluate import perplexity, similarity
+
+    session, artifact, report = open_session(model, runtime)
+    task = _task(artifact)
+    try:
+        if task.kind == "text-generation":
+            source = data.read(data_file or data.shipped("evaluation"))
+            table = data.windows(source, task, min(512, task.max_length), 16)
+            report.extend(perplexity.perplexity(session, table.tolist(), artifact.name, progress)[1])
+        else:
+            source = data.read(data_file or data.shipped("pairs"))
+            if not source.pairs:
+                raise BadInput(f"{source.name} holds no sentence pairs: a .csv or .tsv of sentence, sentence, score is wanted")
+            report.extend(similarity.measure(session, task, source.pairs, artifact.name, progress=progress)[1])
+    finally:
+        session.close()
+    report.add("evaluation data", "", source.name, note=f"sha256 {source.digest[:16]}")
+    report.title = f"{artifact.name} on {source.name}"
+    return report
+
+
+def _task(artifact: Artifact) -> Any:
+    """The artifact's task; a bare GGUF file's tokenizer is read out of it."""
+    if artifact.format == "gguf" and not (artifact.path / MANIFEST).exists():
+        from wherry.checkpoint import Checkpoint
+
+        return Checkpoint.open(artifact.main).task
+    return artifact.task
+
+
+def compare(a: str | Path, b: str | Path, data_file: str | Path | None = None, progress: Progress = quiet) -> Report:
+    """Two models or artifacts on the same data: sizes, quality with paired intervals, B against A."""
+    from wherry.evaluate import drift, similarity
+
+    first, one, _ = open_session(a)
+    second, two, _ = open_session(b)
+    task, report = _task(one), Report(f"{b} against {a}")
+    names = (str(a), str(b))
+    try:
+        for artifact, name in zip((one, two), names, strict=True):
+            report.add("bytes", name, _bytes(artifact), "B")
+        if task.kind == "text-generation":
+            source = data.read(data_file or data.shipped("evaluation"))
+            table = data.windows(source, task, min(256, task.max_length), 8).tolist()
+            report.extend(drift.compare(first, second, table, names[1], names[0], progress=progress))
+        else:
+            source = data.read(data_file or data.shipped("pairs"))
+            base, rows = similarity.measure(first, task, source.pairs, names[0], progress=progress)
+            other, more = similarity.measure(second, _task(two), source.pairs, names[1], progress=progress)
+            report.extend(rows).extend(more).extend(similarity.compare(base, other, names[1], names[0]))
+    finally:
+        first.close()
+        second.close()
+    return report
+
+
+def _bytes(artifact: Artifact) -> int:
+    if artifact.manifest["files"]:
+        return artifact.bytes
+    return sum(file.stat().st_size for file in artifact.path.glob("*.safetensors"))
+
+
+def measure(artifact: str | Path, runtime: str = "auto", threads: int = 0, progress: Progress = quiet) -> Report:
+    """Speed of an artifact on this machine, and the peak memory of this process."""
+    from wherry.evaluate import speed
+
+    session, opened, _ = open_session(artifact, runtime, threads)
+    report = speed.measure(session, opened.task, opened.name, progress=progress)
+    for key, value in session.facts.items():
+        report.add(f"fact: {key}", opened.name, value)
+    session.close()
+    return report
+
+
+def serve(artifact: str | Path, host: str = "127.0.0.1", port: int = 8000, runtime: str = "auto", threads: int = 0) -> None:
+    """Serve an artifact until Ctrl-C or SIGTERM: OpenAI-compatible API, metrics, and a page at /."""
+    from wherry.serve.app import create_app
+    from wherry.serve.listen import check_port, run
+
+    check_port(host, port)
+    session, opened, chosen = open_session(artifact, runtime, threads)
+    proof = Path(artifact) / "report.json"
+    report = Report.load(proof) if proof.is_file() else Report()
+    run(create_app(session, opened, report.extend(chosen)), host, port)
+    session.close()
+
+
+def chat(artifact: str | Path, runtime: str = "auto", threads: int = 0) -> None:
+    """Talk to an artifact in the terminal."""
+    from wherry.serve import chat as terminal
+
+    session, opened, _ = open_session(artifact, runtime, threads)
+    terminal.chat(session, opened)
+    session.close()
+
+
+def listing(what: str = "") -> Report:
+    """Names and first lines of a shelf, of all shelves, or of the schemes."""
+    from wherry.shelf import SHELVES, suggest
+
+    report = Report(what or "what there is")
+    if what in ("", "schemes"):
+        from wherry.scheme import PRESETS
+
+        for name, scheme in PRESETS.items():
+            report.add(name, "schemes", None, note=scheme.explain())
+    if what not in ("", "schemes", *SHELVES):
+        raise BadInput(f"no shelf '{what}'{suggest(what, SHELVES)}; there are: {', '.join(SHELVES)}, schemes")
+    for name in SHELVES if not what else [what] if what != "schemes" else []:
+        for method, line in shelf.names(name).items():
+            report.add(method, name, None, note=line)
+    return report
+
+
+def commands(path: str | Path) -> list[str]:
+    """Copy-paste lines that load what lies at `path`, for each format in it."""
+    return [line for artifact in artifacts(path) for line in shelf.find("formats", artifact.format).command(artifact)]
+
+
+def doctor() -> Report:
+    """What this machine has, and the pip line of each optional package that is missing."""
+    from wherry.doctor import examine
+
+    return examine()
+
+
+def demo(out: str | Path = "demo-out", progress: Progress = quiet, say: Say = print) -> Callable[[int, bool], None]:
+    """Compress two real models, prove them; returns what serves one: call it with (port, stay)."""
+    from wherry.demo import run
+
+    return run(Path(out), progress, say)

@@ -79,6 +79,7 @@ def bar() -> Iterator[Any]:
 
 def show(report: Report, as_json: bool) -> None:
     """Print a report as a table, or as JSON rows."""
+
     if as_json:
         sys.stdout.write(report.to_json())
         return
@@ -88,7 +89,8 @@ def show(report: Report, as_json: bool) -> None:
     table.add_column("value", justify="right")
     table.add_column("note", overflow="fold")
     for row in report:
-        table.add_row(row.what, row.where, row.text(), row.note if row.value is not None else "")
+        value = "" if row.value is None else row.text()
+        table.add_row(row.what, row.where, value, row.note)
     out.print(table)
 
 
@@ -279,6 +281,7 @@ def demo(
 def main() -> None:
     """Run a command; turn a wherry.Error into one to three lines and its exit code."""
     debug = "--debug" in sys.argv
+    sys.argv = [word for word in sys.argv if word != "--debug"]
     try:
         app(standalone_mode=False)
     except typer.Exit as done:

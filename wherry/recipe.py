@@ -218,7 +218,7 @@ class Recipe:
         stored = checkpoint.scheme(name)
         before = stored.bytes(shape) if stored else torch.Size(shape).numel() * dtype.itemsize
         row = PlanRow(name, shape, str(dtype).removeprefix("torch."), role, None, -1, why, before, before)
-        if role not in QUANTIZABLE:
+        if role not in QUANTIZABLE or why == QUANTIZED:
             return row
         reasons = []
         for i, step in enumerate(self.steps):
@@ -253,6 +253,7 @@ class Recipe:
 
 QUANTIZABLE = ("linear", "embedding", "head")
 OUTSIDE = "outside of the blocks"
+QUANTIZED = "already quantized"
 
 
 @dataclass(frozen=True)
@@ -283,6 +284,17 @@ class Plan:
     recipe: Recipe
     rows: list[PlanRow]
     formats: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Plan":
+        """A checkpoint as it lies, as a plan that changes nothing: what a format checks before an export."""
+        rows = []
+        for name, role, why in roles(checkpoint):
+            shape, dtype, stored = checkpoint.shape(name), checkpoint.source.dtype(name), checkpoint.scheme(name)
+            why = "" if why == QUANTIZED else why
+            size = stored.bytes(shape) if stored else torch.Size(shape).numel() * dtype.itemsize
+            rows.append(PlanRow(name, shape, str(dtype).removeprefix("torch."), role, stored, -1, why, size, size))
+        return cls(checkpoint, Recipe(()), rows)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -352,7 +364,7 @@ def roles(checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
     for name in checkpoint.names():
         kind, why = role.get(name, ("other", "not a parameter of the module"))
         if kind in QUANTIZABLE and checkpoint.scheme(name) is not None:
-            kind, why = "other", "already quantized"
+            why = QUANTIZED
         if "pooler" in name and kind == "linear":
             kind, why = "other", "the pooler is not used by this task"
         out.append((name, kind, why))

@@ -118,6 +118,15 @@ class Scheme:
         zeros = 0 if self.symmetric else (scales * self.bits + 7) // 8
         return (rows * k * self.bits * self.planes + 7) // 8 + scales * scale_bytes + zeros
 
+    def explain(self) -> str:
+        """The scheme in a sentence, for lists."""
+        per = {Tensor: "tensor", Row: "row", Token: "token"}.get(type(self.grain), f"group of {self.group_size}")
+        text = f"{self.bits}-bit {'symmetric' if self.symmetric else 'asymmetric'} weights, one scale per {per}"
+        if self.activations is None:
+            return f"{text}; activations stay float"
+        how = "found per token when it runs" if self.activations.dynamic else "one range per tensor, from calibration"
+        return f"{text}; {self.activations.bits}-bit activations, {how}"
+
     def __str__(self) -> str:
         spelling = f"W{self.bits}A{16 if self.activations is None else self.activations.bits}"
         spelling += "" if self.symmetric else "_ASYM"

@@ -1,0 +1,125 @@
+"""Deliver: one run from a plan to a finished folder: checkpoint, exports, and what describes them. Resumable."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wherry import __version__, data, shelf
+from wherry.artifact import MANIFEST, Artifact
+from wherry.checkpoint import Checkpoint
+from wherry.errors import Error
+from wherry.formats import compressed_tensors
+from wherry.journal import Journal
+from wherry.recipe import Plan
+
+Progress = Callable[[int, int, str], None]
+Batches = list[dict[str, np.ndarray]]
+KEPT = (7,)  # exit codes of errors after which the journal stays: the disk or the memory can be mended
+
+
+def calibration(checkpoint: Checkpoint, source: data.Data, samples: int, length: int, seed: int) -> Batches:
+    """Batches of model inputs. Generators: windows of `length` tokens, 4 a batch; encoders: sentences of one length together."""
+    task = checkpoint.task
+    if task.kind == "text-generation":
+        table = data.windows(source, task, min(length, task.max_length), samples, seed)
+        vocabulary = checkpoint.config.get("vocab_size", 1 << 62)
+        if table.size and int(table.max()) >= vocabulary:
+            from wherry.errors import BadInput
+
+            raise BadInput(f"{source.name} has token {int(table.max())}; the model knows {vocabulary}: another tokenizer's ids")
+        return [{"input_ids": table[i : i + 4]} for i in range(0, len(table), 4)]
+    by_length: dict[int, list[str]] = {}
+    for text in data.sentences(source, 4 * samples, seed):
+        by_length.setdefault(len(task.encode(text)), []).append(text)
+    return [task.batch(by_length[n][i : i + 16]) for n in sorted(by_length) for i in range(0, len(by_length[n]), 16)]
+
+
+def deliver(
+    plan: Plan,
+    out: Path,
+    formats: tuple[str, ...],
+    batches: Batches,
+    stamp: dict[str, Any],
+    describe: Callable[[Path], None],
+    progress: Progress,
+) -> None:
+    """Do what the plan says into `out`, going on where a killed run of the same stamp was.
+
+    Args:
+        plan: checked already. out: folder to make. formats: exports inside of it.
+        batches: calibration inputs; empty when no step wants them.
+        stamp: what makes this run this run: settings and digests.
+        describe: called with the finished folder before it gets its name; writes report and card into it.
+        progress: called as progress(done, total, text).
+    """
+    stamp = stamp | {"wherry": __version__, "source": plan.checkpoint.source.fingerprint(), "recipe": str(plan.recipe)}
+    journal = Journal(out, stamp | {"formats": formats}, need=forecast(plan, batches, formats)["disk"])
+    result = journal.folder / "result"
+    try:
+        if not journal.ready.exists():
+            if not (result / MANIFEST).exists():
+                shutil.rmtree(result, ignore_errors=True)
+                _checkpoint(plan, journal, batches, result, progress)
+            for name in formats:
+                save(Checkpoint.open(result), result / name, name, progress)
+            describe(result)
+        journal.finish(result)
+    except Error as error:
+        if error.code not in KEPT:
+            journal.discard()
+        raise
+
+
+def _checkpoint(plan: Plan, journal: Journal, batches: Batches, result: Path, progress: Progress) -> None:
+    from wherry.engine import unit
+
+    if batches:
+        done = shelf.find("engine", "walk").run(plan, journal, batches, progress)
+    else:
+        done = shelf.find("engine", "stream").run(plan, journal, progress)
+    facts = unit.assemble(plan, journal, done, result)
+    fields = compressed_tensors.manifest(plan.checkpoint, unit.main_file(result))
+    origin = plan.checkpoint.origin or plan.checkpoint.name
+    Artifact.seal(result, **fields | {"plan": facts, "recipe": str(plan.recipe), "source": origin})
+
+
+def save(checkpoint: Checkpoint, out: Path, name: str, progress: Progress) -> Artifact:
+    """Export into a temporary folder beside `out`, then rename; a finished one is left alone."""
+    if (out / MANIFEST).exists():
+        return Artifact.open(out)
+    module = shelf.find("formats", name)
+    temporary = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        progress(0, 1, f"writing {name}")
+        module.save(checkpoint, temporary, progress)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Artifact.open(out)
+
+
+def forecast(plan: Plan, batches: Batches, formats: tuple[str, ...] = ()) -> dict[str, int]:
+    """Bytes of memory and disk that a run will take at most, and of the checkpoint that it writes.
+
+    memory: the library's own 0.5 GB, one block in float32 with its codes and statistics, the activations between two
+    blocks (before and after), the largest tensor. disk: units, result and exports together.
+    """
+    blocks: dict[str, int] = {}
+    for row in plan.rows:
+        number = next((part for part in row.name.split(".") if part.isdigit()), "")
+        blocks[number] = blocks.get(number, 0) + int(np.prod(row.shape, dtype=np.int64))
+    block = max((size for number, size in blocks.items() if number), default=0)
+    largest = max(int(np.prod(row.shape, dtype=np.int64)) for row in plan.rows)
+    tokens = sum(next(iter(batch.values())).size for batch in batches)
+    flow = tokens * int(plan.config.get("hidden_size", 0)) * 4
+    widths = {row.shape[-1] for row in plan.rows if row.role == "linear"}
+    memory = 500_000_000 + 16 * largest
+    if batches:
+        memory += 12 * block + 2 * flow + sum(40 * k * k for k in widths)
+    disk = plan.after * (2 + len(formats)) + (2 * flow if batches else 0)
+    return {"memory": memory, "disk": disk, "checkpoint": plan.after}

@@ -1,0 +1,26 @@
+"""Describe: write report.json, report.html and the model card (README.md) beside a finished result."""
+
+from pathlib import Path
+from typing import Any
+
+from wherry import card, page
+from wherry.artifact import Artifact
+from wherry.choose import artifacts
+from wherry.report import Report, write_atomic
+
+
+def write(result: Path, out: Path, report: Report, stamp: dict[str, Any]) -> None:
+    """Write the three into `result`, which will be called `out`: paths in commands are the final ones."""
+    from wherry import shelf
+
+    whole = Artifact.open(result)
+    lines = []
+    for artifact in artifacts(result):
+        final = Artifact(out / artifact.path.relative_to(result), artifact.manifest)
+        lines += shelf.find("formats", artifact.format).command(final)
+    for key, value in stamp.items():
+        if value is not None:
+            report.add(f"made with: {key}", "", value if isinstance(value, str | int) else str(value))
+    report.save(result / "report.json")
+    write_atomic(result / "report.html", page.render(report, whole.manifest, lines))
+    write_atomic(result / "README.md", card.render(report, whole.manifest, lines))

@@ -1,0 +1,151 @@
+"""Prove: reload artifacts from disk on the runtimes that will run them, check every tensor, measure against the original."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from wherry import data, shelf
+from wherry.artifact import Artifact
+from wherry.choose import measured
+from wherry.errors import BadInput
+from wherry.evaluate import drift, proof, similarity
+from wherry.report import Report
+from wherry.session import GRADES, Sampling, Session
+
+Progress = Callable[[int, int, str], None]
+WINDOWS, LENGTH = 8, 256  # of the evaluation text: 2040 predictions
+SAMPLE = "What is the capital of France?"
+CHECKPOINT = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One artifact, the runtime that runs it, and the name that the report calls it."""
+
+    artifact: Artifact
+    runtime: str
+    where: str
+
+
+def prove(
+    items: Sequence[Item],
+    original: Any = None,
+    source: data.Data | None = None,
+    speed: bool = True,
+    progress: Progress = lambda done, total, text: None,
+) -> Report:
+    """All checks and measures of some artifacts, with the rows' `where` naming each.
+
+    Args:
+        items: what to prove; one that is called "checkpoint" and runs in torch is also what the others' arithmetic
+            is compared with, since all hold the same codes.
+        original: the Checkpoint that they were made from, or None: then only structure and finite outputs are proved.
+        source: data to judge on; None takes what the package ships.
+        speed: also time each, and the original, in a process of its own.
+        progress: called as progress(done, total, text).
+    """
+    report = Report("proof")
+    weight = None if original is None else lambda name: original.weight(name).numpy()
+    for item in items:
+        module = shelf.find("formats", item.artifact.format)
+        decoded = module.decode(item.artifact)
+        allowed = set(original.names()) if original is not None else set()
+        report.extend(proof.structure(item.artifact, decoded, weight, item.where, allowed=allowed, progress=progress))
+        if original is not None:
+            template = module.template(item.artifact) if hasattr(module, "template") else None
+            report.extend(proof.same_task(item.artifact.task, original.task, template, item.where))
+    if any(row.value is False for row in report):
+        progress(1, 1, "")
+        for item in items:  # what is damaged is not run: a bad file can take the runtime down with it
+            report.add("check: finite outputs", item.where, None, note="not run: the structure is wrong")
+        return proof.conclude(report)
+    judge = _text if items[0].artifact.task.kind == "text-generation" else _pairs
+    with ExitStack() as stack:
+        sessions: dict[str, Session] = {}
+        for item in items:
+            session = shelf.find("runtimes", item.runtime).load(item.artifact)
+            stack.callback(session.close)
+            sessions[item.where] = session
+            _facts(report, session, item.where)
+        reference = None
+        if original is not None:
+            reference = shelf.find("runtimes", "torch").over(original)
+            stack.callback(reference.close)
+        judge(report, items, sessions, reference, original, source, progress)
+    if speed:
+        for i, item in enumerate(items):
+            progress(i, len(items), f"timing {item.where}")
+            report.extend(measured(item.artifact, item.runtime, item.where))
+    return proof.conclude(report)
+
+
+def _facts(report: Report, session: Session, where: str) -> None:
+    for key, value in session.facts.items():
+        report.add(f"fact: {key}", where, value)
+    report.add("grade", where, session.grade, note=GRADES[session.grade])
+
+
+def _text(
+    report: Report, items: Sequence[Item], sessions: dict[str, Session], reference: Session | None, original: Any,
+    source: data.Data | None, progress: Progress,
+) -> None:  # fmt: skip
+    """Perplexity, KL and top-1 against the original; KL against our own checkpoint; a sample."""
+    task = (original or items[0].artifact).task
+    source = source or data.read(data.shipped("evaluation"))
+    windows = data.windows(source, task, min(LENGTH, task.max_length), WINDOWS)
+    report.add("evaluation data", "", source.name, note=f"{windows.size} tokens, sha256 {source.digest[:16]}")
+    scored: dict[str, Any] = {
+        name: drift.record(s, windows.tolist(), progress=progress) if s.grade == "B" else s for name, s in sessions.items()
+    }
+    if reference is not None:
+        report.extend(drift.compare_all(reference, scored, windows.tolist(), progress=progress))
+    else:
+        from wherry.evaluate import perplexity
+
+        for name, s in scored.items():
+            report.extend(perplexity.perplexity(s, windows.tolist(), name, progress)[1])
+    own = scored.get(CHECKPOINT)
+    others = {name: s for name, s in scored.items() if name != CHECKPOINT}
+    if own is not None and others:
+        for row in drift.compare_all(own, others, windows.tolist(), original=CHECKPOINT, progress=progress):
+            if row.what in ("kl", "top-1 agreement") and row.where in others:
+                note = "between this runtime and torch, with the same weights: what its arithmetic adds"
+                report.rows.append(replace(row, what=f"{row.what} to the checkpoint", note=note))
+    for item in items:
+        report.extend(proof.behaviour(report, item.where))
+        prompt = task.tokenizer.encode(task.chat([{"role": "user", "content": SAMPLE}]), add_special_tokens=False).ids
+        answer = list(sessions[item.where].generate(prompt, Sampling(max_tokens=32, stop=task.stop)))
+        report.add("sample", item.where, task.tokenizer.decode(answer).strip() or "(nothing)", note=f"asked: {SAMPLE}")
+
+
+def _pairs(
+    report: Report, items: Sequence[Item], sessions: dict[str, Session], reference: Session | None, original: Any,
+    source: data.Data | None, progress: Progress,
+) -> None:  # fmt: skip
+    """Spearman and Pearson on sentence pairs, paired with the original's; cosine of the embeddings."""
+    task = (original or items[0].artifact).task
+    source = source or data.read(data.shipped("pairs"))
+    if not source.pairs:
+        raise BadInput(f"{source.name} holds no sentence pairs: a .csv or .tsv of sentence, sentence, score is wanted")
+    report.add("evaluation data", "", source.name, note=f"{len(source.pairs)} pairs, sha256 {source.digest[:16]}")
+    base = None
+    if reference is not None:
+        base, rows = similarity.measure(reference, task, source.pairs, "original", progress=progress)
+        report.extend(rows)
+    for item in items:
+        found, rows = similarity.measure(sessions[item.where], item.artifact.task, source.pairs, item.where, progress=progress)
+        report.extend(rows)
+        finite = bool(np.isfinite(found.embeddings).all())
+        report.add("check: finite outputs", item.where, finite, note="every embedding")
+        if base is not None:
+            report.extend(similarity.compare(base, found, item.where))
+            row = report.get("spearman difference", item.where)
+            if row is not None and row.low is not None:
+                good = row.low >= -LOSS
+                report.add("check: near the original", item.where, good, note=f"Spearman lost at most {LOSS} at the bad end")
+
+
+LOSS = 0.05  # of Spearman's correlation: it is still this model; a promise of quality is the user's to set

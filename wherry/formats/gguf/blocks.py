@@ -1,0 +1,90 @@
+"""Our codes as GGUF blocks of 32 weights: Q4_0 and Q4_1 for up to 4 bits, Q8_0 for up to 8. Nothing is rounded.
+
+    Q4_0   d fp16, 16 bytes             w = d * (q - 8)      symmetric: q = code + 8
+    Q4_1   d fp16, m fp16, 16 bytes     w = d * q + m        q = code + 2^(bits-1), m = -d * (zero + 2^(bits-1))
+    Q8_0   d fp16, 32 bytes             w = d * q            q = code
+In a 4-bit block byte j holds weight j in its low half and weight j + 16 in its high half.
+Shapes: code [n, k], scale [n, g]; blocks uint8 [n, k / 32 * bytes of a block].
+Source: ggml, src/ggml-common.h (block_q4_0, block_q4_1, block_q8_0).
+"""
+
+import numpy as np
+import torch
+
+from wherry.errors import Unsupported
+from wherry.scheme import Group, QTensor, Row, Scheme
+
+BLOCK = 32
+BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+
+
+def kind_of(scheme: Scheme, shape: tuple[int, ...]) -> str:
+    """The type of block for a scheme. Raises Unsupported with the nearest scheme that GGUF can hold."""
+    k = shape[-1]
+    if scheme.kind != "int" or scheme.planes != 1 or len(shape) != 2:
+        raise Unsupported(f"GGUF has no block for {scheme} of shape {list(shape)}; integer schemes of matrices fit")
+    if scheme.activations is not None:
+        raise Unsupported(f"{scheme}: GGUF stores weights only, llama.cpp rounds activations; use W{scheme.bits}A16")
+    if k % BLOCK:
+        raise Unsupported(f"rows of {k} do not fill GGUF's blocks of {BLOCK}; leave it float with ignore=")
+    if not isinstance(scheme.grain, Group | Row):
+        grain = type(scheme.grain).__name__.lower()
+        raise Unsupported(f"one scale per {grain} has no block in GGUF; use group_size=32 or -1")
+    if isinstance(scheme.grain, Group) and scheme.grain.size % BLOCK:
+        size = max(BLOCK, scheme.grain.size // BLOCK * BLOCK)
+        size = size if k % size == 0 else BLOCK
+        raise Unsupported(
+            f"group_size={scheme.grain.size}: GGUF has one scale for a block of {BLOCK} weights; use group_size={size}"
+        )
+    if scheme.bits > 4 and not scheme.symmetric:
+        raise Unsupported(f"{scheme}: GGUF's 8-bit blocks have no zero; use W8A16 (symmetric), or W4A16_ASYM")
+    return "Q8_0" if scheme.bits > 4 else "Q4_0" if scheme.symmetric else "Q4_1"
+
+
+def note_of(scheme: Scheme) -> str:
+    """What a person should know of a scheme that fits, or an empty string."""
+    notes = []
+    if scheme.bits not in (4, 8):
+        notes.append(f"{scheme.bits}-bit codes live in {4 if scheme.bits < 4 else 8}-bit blocks: no bytes saved")
+    if isinstance(scheme.grain, Row):
+        notes.append("the row's scale is repeated in every block of 32: same bytes as group_size=32")
+    elif isinstance(scheme.grain, Group) and scheme.grain.size > BLOCK:
+        size = scheme.grain.size
+        notes.append(f"group {size} = {size // BLOCK} blocks of 32: same bytes as group_size=32")
+    return "; ".join(notes)
+
+
+def pack(name: str, tensor: QTensor) -> tuple[str, np.ndarray]:
+    """(type of block, blocks) of one weight.
+
+    Raises:
+        Unsupported: the scheme has no block, or a scale or minimum is not exact in fp16.
+    """
+    kind, scheme = kind_of(tensor.scheme, tensor.shape), tensor.scheme
+    n, k = tensor.shape
+    scale = tensor.scale.float().repeat_interleave(k // BLOCK // tensor.scale.shape[-1], -1)
+    header = [_half(name, scale)]
+    code = tensor.code.to(torch.int16)
+    if kind == "Q4_1":
+        assert tensor.zero is not None
+        offset = 1 << (scheme.bits - 1)
+        zero = tensor.zero.float().repeat_interleave(k // BLOCK // tensor.zero.shape[-1], -1) + offset
+        header.append(_half(name, -scale * zero))
+    elif kind == "Q4_0":
+        offset = 8
+    else:
+        data = tensor.code.numpy().reshape(n, k // BLOCK, BLOCK).view(np.uint8)
+        return kind, np.concatenate([*header, data], axis=-1).reshape(n, -1)
+    q = (code + offset).numpy().astype(np.uint8).reshape(n, k // BLOCK, 2, BLOCK // 2)
+    return kind, np.concatenate([*header, q[:, :, 0] | q[:, :, 1] << 4], axis=-1).reshape(n, -1)
+
+
+def _half(name: str, value: torch.Tensor) -> np.ndarray:
+    """Values [n, blocks] as the two bytes of fp16 [n, blocks, 2]; refuses to round."""
+    half = value.half()
+    if not torch.equal(half.float(), value):
+        raise Unsupported(
+            f"{name}: its scales are not exact in fp16, which GGUF stores, and would be rounded.\n"
+            f"Compress again with portable=true, the default."
+        )
+    return half.numpy().view(np.uint8).reshape(*value.shape, 2)

@@ -1,0 +1,238 @@
+"""Architectures as data: how Hugging Face's configuration and weights are called in GGUF, and back. Torch-free.
+
+A new architecture of the Llama family is a row of ARCHS. Source: llama.cpp's convert_hf_to_gguf.py (what it writes
+for the same models); the names of tensors come from the `gguf` package's own map.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gguf.constants import MODEL_ARCH
+from gguf.tensor_mapping import get_tensor_name_map
+
+from wherry.errors import Corrupt, Unsupported
+from wherry.formats.gguf.header import Header
+
+ROPE_FREQS = "rope_freqs.weight"  # llama.cpp's form of Llama 3's scaling: a divisor for each rotary frequency
+ROTARY = "rotary_emb.inv_freq"  # a buffer that old checkpoints store; every runtime computes it
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One architecture: its name in GGUF, in transformers, and whether llama.cpp wants q and k rows permuted."""
+
+    gguf: MODEL_ARCH
+    model_type: str
+    classes: tuple[str, ...]
+    permuted: bool = False
+
+
+ARCHS = {
+    "llama": Arch(MODEL_ARCH.LLAMA, "llama", ("LlamaForCausalLM", "MistralForCausalLM"), permuted=True),
+    "qwen2": Arch(MODEL_ARCH.QWEN2, "qwen2", ("Qwen2ForCausalLM",)),
+    "qwen3": Arch(MODEL_ARCH.QWEN3, "qwen3", ("Qwen3ForCausalLM",)),
+}
+# config key -> metadata key below "llama."
+COUNTS = {
+    "num_hidden_layers": "block_count",
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+}
+LAYER = (
+    "input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+    "self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+# Llama 3's scaling as it was released: factor, low and high frequency factor, first context. Found again by value.
+LLAMA3 = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192))
+
+
+def arch_of(config: dict[str, Any]) -> str:
+    """The name in GGUF of a configuration's architecture. Raises Unsupported with those that are."""
+    found = (config.get("architectures") or ["?"])[0]
+    for name, arch in ARCHS.items():
+        if found in arch.classes:
+            return name
+    known = ", ".join(c for arch in ARCHS.values() for c in arch.classes)
+    raise Unsupported(f"{found} is not written as GGUF here; {known} are")
+
+
+def tensor_names(arch: str, layers: int) -> dict[str, str]:
+    """{Hugging Face name: GGUF name} of every weight and bias that such a model can have."""
+    table = get_tensor_name_map(ARCHS[arch].gguf, layers)
+    names = ["model.embed_tokens", "model.norm", "lm_head"]
+    names += [f"model.layers.{i}.{part}" for i in range(layers) for part in LAYER]
+    pairs = {}
+    for name in names:
+        for end in (".weight", ".bias"):
+            other = table.get_name(name + end, try_suffixes=(end,))
+            if other is not None:
+                pairs[name + end] = other
+    return pairs
+
+
+def heads(config: dict[str, Any]) -> tuple[int, int, int]:
+    """(query heads, key-value heads, width of a head)."""
+    query = int(config["num_attention_heads"])
+    key = int(config.get("num_key_value_heads") or query)
+    return query, key, int(config.get("head_dim") or config["hidden_size"] // query)
+
+
+def order(arch: str, config: dict[str, Any], name: str) -> np.ndarray | None:
+    """Rows of the Hugging Face tensor in GGUF's order [n], or None when the order is the same.
+
+    transformers rotates the halves of a head, llama.cpp's `llama` neighbouring pairs: the rows (half, pair) of
+    each q and k head become (pair, half). `argsort` of it is the way back.
+    """
+    query, key, width = heads(config)
+    count = query if ".self_attn.q_proj." in name else key if ".self_attn.k_proj." in name else 0
+    if not count or not ARCHS[arch].permuted:
+        return None
+    return np.arange(count * width).reshape(count, 2, width // 2).swapaxes(1, 2).reshape(-1)
+
+
+def rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Rotary parameters as one dict, from the new (`rope_parameters`) or the old spelling of the configuration."""
+    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    found.setdefault("rope_type", found.pop("type", "default"))
+    found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    return found
+
+
+def rope_divisors(parameters: dict[str, Any], width: int) -> np.ndarray:
+    """Llama 3's scaling as a divisor of each of the width / 2 rotary frequencies, float32.
+
+    Source: "Llama 3.1", meta-llama/llama-models, apply_scaling.
+    """
+    factor, low, high = (float(parameters[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    first = float(parameters["original_max_position_embeddings"])
+    frequency = 1 / float(parameters["rope_theta"]) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
+    turns = first * frequency / (2 * math.pi)  # of this frequency within the first context
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+
+
+def metadata_of(arch: str, config: dict[str, Any], vocabulary: int) -> dict[str, int | float | str]:
+    """The metadata below `{arch}.`. Raises Unsupported for what llama.cpp would run wrongly."""
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise Unsupported(f"hidden_act={config['hidden_act']}: llama.cpp's {arch} always uses silu")
+    defaults = {"num_key_value_heads": config.get("num_attention_heads"), "max_position_embeddings": 2048}
+    out: dict[str, int | float | str] = {}
+    for key, own in COUNTS.items():
+        value = config.get(key) or defaults.get(key)
+        if not isinstance(value, int):
+            raise Corrupt(f"config.json has no {key}, which GGUF needs")
+        out[own] = value
+    _, _, width = heads(config)
+    out |= {"vocab_size": vocabulary, "rope.dimension_count": width}
+    if config.get("head_dim"):
+        out |= {"attention.key_length": width, "attention.value_length": width}
+    out["attention.layer_norm_rms_epsilon"] = float(config.get("rms_norm_eps", 1e-6))
+    scaling = rope(config)
+    kind = scaling["rope_type"]
+    out["rope.freq_base"] = float(scaling["rope_theta"])
+    if kind in ("linear", "yarn"):
+        out |= {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling["factor"])}
+        if kind == "yarn":
+            first = scaling.get("original_max_position_embeddings") or config["max_position_embeddings"]
+            out["rope.scaling.original_context_length"] = int(first)
+    elif kind not in ("default", "llama3"):
+        raise Unsupported(f"rotary scaling '{kind}' is not written as GGUF here; default, linear, yarn and llama3 are")
+    return out
+
+
+def config_of(header: Header) -> dict[str, Any]:
+    """The Hugging Face configuration that a file describes.
+
+    Raises:
+        Unsupported: another architecture, or rotary scaling that is not read.
+        Corrupt: a key is missing or contradicts the tensors.
+    """
+    if header.arch not in ARCHS:
+        raise Unsupported(f"{header.path} is of the architecture '{header.arch}'; {', '.join(ARCHS)} are read here")
+    arch, data = ARCHS[header.arch], header.metadata
+
+    def get(key: str, kind: Any = int) -> Any:
+        value = data.get(f"{header.arch}.{key}")
+        if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 1):
+            raise Corrupt(f"{header.path} is damaged: {header.arch}.{key} is {value!r}")
+        return value
+
+    config: dict[str, Any] = {"architectures": [arch.classes[0]], "model_type": arch.model_type, "hidden_act": "silu"}
+    for key, own in COUNTS.items():
+        required = own != "attention.head_count_kv" or f"{header.arch}.{own}" in data
+        config[key] = get(own if required else "attention.head_count")
+    stated = f"{header.arch}.attention.key_length" in data
+    width = config["hidden_size"] // config["num_attention_heads"]
+    config["head_dim"] = get("attention.key_length") if stated else width
+    config["rms_norm_eps"] = shortest(get("attention.layer_norm_rms_epsilon", float))
+    theta = shortest(get("rope.freq_base", float)) if f"{header.arch}.rope.freq_base" in data else 10000.0
+    config["rope_theta"], config["rope_scaling"] = theta, _scaling(header, theta, config["head_dim"])
+    tensors = header.tensors
+    if "token_embd.weight" not in tensors:
+        raise Corrupt(f"{header.path} is damaged: it has no token_embd.weight")
+    config["vocab_size"] = tensors["token_embd.weight"].shape[0]
+    config["tie_word_embeddings"] = "output.weight" not in tensors
+    config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+    config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+    for name, own in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        config[f"{name}_token_id"] = data.get(f"tokenizer.ggml.{own}_token_id")
+    config["dtype"] = "float32"
+    return config
+
+
+def _scaling(header: Header, theta: float, width: int) -> dict[str, Any] | None:
+    data, arch = header.metadata, header.arch
+    if ROPE_FREQS in header.tensors:
+        stored = header.raw(ROPE_FREQS).view(np.float32)
+        for values in LLAMA3:
+            keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            found = dict(zip(keys, values, strict=True))
+            divisors = rope_divisors(found | {"rope_theta": theta}, width)
+            if stored.shape == divisors.shape and np.allclose(stored, divisors, rtol=1e-5):
+                return {"rope_type": "llama3", **found}
+        raise Unsupported(f"{header.path}: its {ROPE_FREQS} is none of Llama 3's released scalings")
+    kind = data.get(f"{arch}.rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    if kind not in ("linear", "yarn"):
+        raise Unsupported(f"{header.path}: rotary scaling '{kind}' is not read here; linear, yarn and llama3 are")
+    found = {"rope_type": kind, "factor": shortest(data.get(f"{arch}.rope.scaling.factor", 1.0))}
+    first = data.get(f"{arch}.rope.scaling.original_context_length")
+    return {**found, "original_max_position_embeddings": first} if first else found
+
+
+def expected(arch: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """{GGUF name: shape} of the weights that every such model has; biases and norms of heads are extra."""
+    query, key, width = heads(config)
+    hidden, inner, rows = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (rows, hidden), "output_norm": (hidden,)}
+    for i in range(config["num_hidden_layers"]):
+        shapes |= {f"blk.{i}.{name}": (hidden,) for name in ("attn_norm", "ffn_norm")}
+        shapes |= {f"blk.{i}.attn_q": (query * width, hidden), f"blk.{i}.attn_output": (hidden, query * width)}
+        shapes |= {f"blk.{i}.{name}": (key * width, hidden) for name in ("attn_k", "attn_v")}
+        shapes |= {f"blk.{i}.{name}": (inner, hidden) for name in ("ffn_gate", "ffn_up")}
+        shapes[f"blk.{i}.ffn_down"] = (hidden, inner)
+    return {f"{name}.weight": shape for name, shape in shapes.items()}
+
+
+def check_shapes(header: Header, config: dict[str, Any]) -> None:
+    """Raises Corrupt when a weight is missing or its shape contradicts the metadata, before a runtime trips over it."""
+    layers, have = config["num_hidden_layers"], len(header.tensors)
+    if layers > have:
+        raise Corrupt(f"{header.path} is damaged: it claims {layers:,} layers in {have} tensors")
+    for name, shape in expected(header.arch, config).items():
+        if name not in header.tensors:
+            raise Corrupt(f"{header.path} is damaged: it has no {name}, which its metadata asks for")
+        if header.tensors[name].shape != shape:
+            found = list(header.tensors[name].shape)
+            raise Corrupt(f"{header.path} is damaged: {name} is {found}, its metadata asks for {list(shape)}")
+
+
+def shortest(value: float) -> float:
+    """A float32 as the shortest decimal that means it: 9.999999747378752e-06 is 1e-05."""
+    return float(str(np.float32(value)))

@@ -1,0 +1,112 @@
+"""ONNX: MatMulNBits for language models (onnxruntime-genai loads it), int8 products for sentence encoders.
+
+One folder: model.onnx and model.onnx.data, config and tokenizer, and genai_config.json for a language model. The codes
+are the checkpoint's, bit for bit; scales are float32, because ONNX Runtime's CPU operators want the activations' type.
+
+`activations` of a save, kept in the manifest:
+    "float32"   (the default) nothing is rounded that the plan does not round. 4 bits and less: accuracy level 0;
+                8 bits: int8 in two halves, about 16 bits (graph.halve)
+    "int8"      accuracy level 4: each block of an input is rounded to int8. Faster to decode, slower to prefill,
+                and another model: 5e-3 nats per token on SmolLM2-135M at W4
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from wherry.artifact import Artifact
+from wherry.errors import BadInput
+
+if TYPE_CHECKING:  # what has been exported is decoded and run without torch
+    from wherry.checkpoint import Checkpoint
+    from wherry.recipe import Plan, Progress
+
+MAIN = "model.onnx"
+
+
+def check(plan: "Plan") -> dict[str, str]:
+    """Notes per tensor name.
+
+    Raises:
+        Unsupported: an architecture, or a tensor's scheme, that cannot be written; names the nearest that can.
+    """
+    from wherry.formats.onnx import legal
+
+    return legal.check(plan)
+
+
+def save(
+    checkpoint: "Checkpoint", out: Path, progress: "Progress", activations: Literal["float32", "int8"] = "float32"
+) -> Artifact:
+    """Write the checkpoint (codes or floats) as ONNX into the empty folder `out`, reload it, check it, and seal it.
+
+    Raises:
+        Unsupported: the architecture or a scheme; see `check`.
+        Corrupt, Diverged: the file did not pass its checks.
+    """
+    from wherry import __version__
+    from wherry.formats.onnx import decoder, encoder, proof
+
+    if activations not in ("float32", "int8"):
+        raise BadInput(f"activations={activations} is not float32 or int8")
+    exact, generator = activations == "float32", checkpoint.task.kind == "text-generation"
+    progress(0, 3, "tokenizer")
+    side_files(checkpoint, out)
+    progress(1, 3, "graph and weights")
+    (decoder if generator else encoder).build(checkpoint, out, exact)
+    progress(2, 3, "reload and compare")
+    checks = proof.holds(checkpoint, out / MAIN)
+    if generator:
+        checks += proof.generator(checkpoint, out / MAIN, exact)
+    else:
+        checks += proof.encoder(checkpoint, out / MAIN, exact)
+        if integers := proof.integer_layers(checkpoint):
+            checks += proof.fused(out / MAIN, integers)
+    manifest: dict[str, Any] = {
+        "wherry": __version__, "format": "onnx", "main": MAIN, "task": checkpoint.task.to_dict(), "model": checkpoint.name,
+        "recipe": checkpoint.recipe, "source": checkpoint.origin, "license": checkpoint.license, "params": checkpoint.params,
+        "plan": checkpoint.plan, "activations": activations, "checks": checks,
+    }  # fmt: skip
+    return Artifact.seal(out, **manifest)
+
+
+def side_files(checkpoint: "Checkpoint", out: Path) -> None:
+    """Copy tokenizer and generation config; write config.json without its quantization and the task."""
+    from wherry.checkpoint import SIDE_FILES
+
+    for name in SIDE_FILES:
+        if (checkpoint.path / name).is_file():
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(checkpoint.path / name, out / name)
+    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    for name, content in (("config.json", config), ("task.json", checkpoint.task.to_dict())):
+        (out / name).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf8")
+
+
+def decode(artifact: Artifact) -> Iterator[tuple[str, Any]]:
+    """Every weight as (Hugging Face name, float32 [n, k]); codes are decoded by ONNX Runtime's own operators."""
+    from wherry.formats.onnx import foreign
+
+    return foreign.decode(artifact.main)
+
+
+def command(artifact: Artifact) -> list[str]:
+    """Copy-paste lines that load the result."""
+    path = artifact.path
+    if artifact.task.kind == "text-generation":
+        library = f"import onnxruntime_genai as og; m = og.Model('{path}'); t = og.Tokenizer(m); p = og.GeneratorParams(m)"
+        lines = [
+            f"{library}; p.set_search_options(max_length=64); g = og.Generator(m, p); g.append_tokens(t.encode('Once'))",
+            "while not g.is_done(): g.generate_next_token()",
+            "print(t.decode(g.get_sequence(0)))",
+        ]
+        text = "\\n".join(lines)
+        return [f'python -c "$(printf "{text}")"', f"wherry serve {path}"]
+    names = ", ".join(f"{name}=..." for name in artifact.task.inputs)
+    session = f"onnxruntime.InferenceSession('{artifact.main}')"
+    return [f"python -c \"import onnxruntime; s = {session}\"  # s.run(['embedding'], dict({names}))", f"wherry serve {path}"]
+
+
+__all__ = ["check", "command", "decode", "save"]

@@ -1,0 +1,71 @@
+"""What a plan may ask of ONNX Runtime on a CPU: found before any work, with the nearest that works."""
+
+from wherry.errors import Unsupported
+from wherry.formats.onnx.blocks import block_size, container
+from wherry.recipe import Plan, PlanRow
+from wherry.scheme import Row, Scheme, Tensor, Token
+
+# architectures whose graph onnxruntime-genai's builder draws and our tests have run -> its class
+DECODERS = {
+    "LlamaForCausalLM": "LlamaModel",
+    "MistralForCausalLM": "MistralModel",
+    "Qwen2ForCausalLM": "QwenModel",
+    "Qwen3ForCausalLM": "Qwen3Model",
+    "SmolLM3ForCausalLM": "SmolLM3Model",
+}
+
+
+def check(plan: Plan) -> dict[str, str]:
+    """Notes per tensor name.
+
+    Raises:
+        Unsupported: an architecture, or a tensor's scheme, that cannot be written; names the nearest that can.
+    """
+    generator = plan.task.kind == "text-generation"
+    if generator:
+        architecture(plan.config)
+    return {row.name: note for row in plan.taken() if (note := tensor(row, generator))}
+
+
+def architecture(config: dict) -> str:
+    """Name of the builder's class that draws this language model. Raises Unsupported when none was tried."""
+    name = (config.get("architectures") or ["?"])[0]
+    if name not in DECODERS:
+        known = ", ".join(DECODERS)
+        raise Unsupported(f"{name} is not exported to ONNX; these are: {known}.\nWrite GGUF or compressed-tensors instead.")
+    return DECODERS[name]
+
+
+def tensor(row: PlanRow, generator: bool) -> str:
+    """The note of one planned tensor, or an empty string. Raises Unsupported."""
+    assert row.scheme
+    scheme = row.scheme
+    try:
+        if scheme.activations is not None:
+            return integer(scheme, scheme.activations, generator)
+        if len(row.shape) != 2:
+            raise Unsupported(f"a weight of shape {row.shape} has no ONNX operator: only matrices have")
+        bits, size = container(scheme), block_size(scheme, row.shape[-1])
+    except Unsupported as error:
+        raise Unsupported(f"onnx, {row.name}: {error}") from error
+    notes = []
+    if bits != scheme.bits:
+        notes.append(f"{scheme.bits}-bit codes live in {bits}-bit blocks: no bytes saved")
+    if isinstance(scheme.grain, Row):
+        notes.append(f"the scale of a row is written once for each block of {size}")
+    return "; ".join(notes)
+
+
+def integer(scheme: Scheme, activations: Scheme, generator: bool) -> str:
+    """The note of a weight that is multiplied in integers. Raises Unsupported."""
+    if generator:
+        raise Unsupported(f"{scheme}: language models keep float activations in ONNX; use W8A16 or W4A16")
+    if scheme.bits != 8 or activations.bits != 8:
+        raise Unsupported(f"{scheme}: integer products are 8 bits by 8 bits; use W8A8_STATIC or W8A8")
+    if not isinstance(scheme.grain, Row) or not scheme.symmetric:
+        raise Unsupported(f"{scheme}: integer products want one symmetric scale per row; use W8A8_STATIC or W8A8")
+    if not isinstance(activations.grain, Token if activations.dynamic else Tensor):
+        raise Unsupported(f"{scheme}: activations are scaled per token (dynamic) or per tensor (static); use W8A8_STATIC or W8A8")
+    if activations.dynamic and not activations.symmetric:
+        raise Unsupported(f"{scheme}: dynamic activations are symmetric; use W8A8")
+    return ""

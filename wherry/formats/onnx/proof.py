@@ -1,0 +1,167 @@
+"""What an export is put to at once, before anyone calls it an artifact: reloaded, run, compared, counted.
+
+Each check is a dict {what, value, unit, limit, note} in the manifest under `checks`. One that fails raises.
+"""
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from wherry.checkpoint import Checkpoint
+from wherry.errors import Corrupt, Diverged
+from wherry.formats.onnx import graph as edit
+from wherry.formats.onnx.encoder import Pooled
+from wherry.scheme import QTensor
+
+LIMITS = {True: {"kl": 1e-3, "cosine": 1e-3}, False: {"kl": 5e-2, "cosine": 1e-2}}  # by `exact`
+LARGE = 4096  # values; a float tensor above it must be a weight that the plan leaves float
+FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
+CACHES = {"cos_cache", "sin_cache"}  # rotary positions, drawn by the builder
+
+
+def check(what: str, value: float, unit: str, limit: float | None, note: str) -> dict[str, Any]:
+    """One entry of the manifest."""
+    entry = {"what": what, "value": value, "unit": unit, "limit": limit, "note": note}
+    return {k: v for k, v in entry.items() if v is not None}
+
+
+def holds(checkpoint: Checkpoint, path: Path) -> list[dict[str, Any]]:
+    """Every quantized weight is there as codes, once, and no float copy of one is. Raises Corrupt when not."""
+    model = onnx.load(path, load_external_data=False)
+    tensors = {t.name: t for t in model.graph.initializer}
+    quantized = {name for name in checkpoint.names() if checkpoint.scheme(name) is not None}
+    coded = {name.removesuffix(edit.CODES) for name in tensors if name.endswith(edit.CODES)}
+    if coded != quantized:
+        name = sorted(coded ^ quantized)[0]
+        raise Corrupt(f"{path}: {name} {'is' if name in coded else 'is not'} stored as codes, against the plan")
+    free = set(checkpoint.names()) - quantized
+    for name, tensor in tensors.items():
+        of = name.removesuffix(edit.TRANSPOSED)
+        large = tensor.data_type in FLOATS and np.prod(tensor.dims, dtype=np.int64) > LARGE
+        if large and of not in free and name not in CACHES and not name.endswith((edit.SCALES, ".steps")):
+            raise Corrupt(f"{path}: {name} holds {list(tensor.dims)} floats that the plan does not know: a second copy of a weight")
+    return [check("tensors with codes", len(coded), "", None, "each once, no float copy of any in the file")]
+
+
+def fused(path: Path, wanted: int) -> list[dict[str, Any]]:
+    """Count the operators that ONNX Runtime makes of the graph. Raises Diverged when int8 products run in float."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        nodes = Counter(n.op_type for n in onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node)
+    kinds = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger")
+    found = {kind: nodes[kind] for kind in kinds if nodes[kind]}
+    if sum(found.values()) != wanted:
+        raise Diverged(f"{path}: {wanted} layers are planned in int8, ONNX Runtime runs {sum(found.values())} ({found}) so")
+    note = ", ".join(f"{count} {kind}" for kind, count in found.items())
+    return [check("int8 products", wanted, "", wanted, f"of the optimized graph: {note}")]
+
+
+def generator(checkpoint: Checkpoint, path: Path, exact: bool) -> list[dict[str, Any]]:
+    """Compare logits with the decoded torch module: one pass over a text, and in two parts through the key-value cache.
+
+    Raises Diverged above the limits, or at a value that is not a number. Cost: the module in float32 in memory.
+    """
+    import onnxruntime
+
+    tokens = [t for text in checkpoint.task.examples() * 2 for t in checkpoint.task.encode(text)]
+    tokens = tokens[: checkpoint.task.max_length]
+    with torch.no_grad():
+        reference = checkpoint.module()(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].double()
+    reference = torch.log_softmax(reference, -1).numpy()
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    past = {i.name: np.zeros((1, i.shape[1], 0, width(checkpoint)), np.float32) for i in session.get_inputs()[2:]}
+    names = [o.name for o in session.get_outputs()]
+
+    def run(part: list[int], past: dict[str, np.ndarray], seen: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        mask = np.ones((1, seen + len(part)), np.int64)
+        out = dict(zip(names, session.run(names, {"input_ids": np.array([part]), "attention_mask": mask, **past}), strict=True))
+        return out.pop("logits")[0], {name.replace("present", "past_key_values"): v for name, v in out.items()}
+
+    whole, _ = run(tokens, past, 0)
+    cut = len(tokens) // 2
+    first, past = run(tokens[:cut], past, 0)
+    second, _ = run(tokens[cut:], past, cut)
+    out = []
+    for what, logits in (("kl", whole), ("kl in two parts", np.concatenate([first, second]))):
+        other = torch.log_softmax(torch.from_numpy(logits).double(), -1).numpy()
+        kl = float((np.exp(reference) * (reference - other)).sum(-1).mean())
+        limit = LIMITS[exact]["kl"]
+        if not kl <= limit:
+            raise Diverged(f"{path}: {what} {kl:.3g} nats per token against the decoded torch module, above {limit:g}")
+        agree = float((reference.argmax(-1) == other.argmax(-1)).mean())
+        note = f"decoded torch module || ONNX Runtime, {len(tokens)} tokens, top-1 {agree:.1%}"
+        out.append(check(what, kl, "nats/token", limit, note))
+    return out
+
+
+def width(checkpoint: Checkpoint) -> int:
+    """Numbers per attention head."""
+    config = checkpoint.config
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def encoder(checkpoint: Checkpoint, path: Path, exact: bool) -> list[dict[str, Any]]:
+    """Compare embeddings with the decoded torch module whose activations are rounded as planned, at two other shapes.
+
+    Raises Diverged when a cosine falls below the limit, or is not a number.
+    """
+    import onnxruntime
+
+    task = checkpoint.task
+    module = checkpoint.module()
+    round_inputs(module, checkpoint)
+    pooled = Pooled(module, task).eval()
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    texts = task.examples()
+    worst = 0.0
+    for batch in ([texts[1]], [*texts, " ".join(texts), texts[0][:8]]):
+        inputs = task.batch(batch)
+        with torch.no_grad():
+            a = pooled(**{k: torch.from_numpy(v) for k, v in inputs.items()}).numpy()
+        b = session.run(["embedding"], inputs)[0]
+        cosine = (a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-12)
+        worst = max(worst, float(np.where(np.isfinite(cosine), 1 - cosine, np.inf).max()))
+    limit = LIMITS[exact]["cosine"]
+    if not worst <= limit:
+        raise Diverged(f"{path}: embeddings differ from the decoded torch module's by {worst:.3g} in cosine, above {limit:g}")
+    return [check("cosine distance", worst, "", limit, "worst of 5 sentences in two batches, against torch with the same rounding")]
+
+
+def round_inputs(module: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Let each layer with an activation scheme see its input rounded as that scheme says."""
+    places = checkpoint.places(module)
+    for path, child in module.named_modules():
+        weight = places.get(f"{path}.weight")
+        scheme = checkpoint.scheme(weight) if weight else None
+        if weight is None or scheme is None or scheme.activations is None:
+            continue
+        tensor = checkpoint.tensor(weight)
+        assert isinstance(tensor, QTensor)
+
+        def rounded(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], t: QTensor = tensor) -> tuple[torch.Tensor, ...]:
+            x = inputs[0]
+            if t.activation_scale is None or t.activation_zero is None:
+                scale = (x.abs().amax(-1, keepdim=True) * (2 / 255)).clamp(min=1e-30)
+                return (torch.round(x / scale).clamp(-128, 127) * scale, *inputs[1:])
+            zero = t.activation_zero.float()
+            q = (torch.round(x / t.activation_scale) + zero).clamp(-128, 127)
+            return ((q - zero) * t.activation_scale, *inputs[1:])
+
+        child.register_forward_pre_hook(rounded)
+
+
+def integer_layers(checkpoint: Checkpoint) -> int:
+    """How many weights are planned to be multiplied in integers."""
+    schemes = [checkpoint.scheme(name) for name in checkpoint.names()]
+    return sum(scheme is not None and scheme.activations is not None for scheme in schemes)

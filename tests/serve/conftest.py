@@ -1,13 +1,13 @@
-"""A tiny Llama that has learnt two answers by heart, a tiny BERT, and sessions over both: real models, real logits."""
+"""A tiny Llama that has learnt two answers by heart, a tiny BERT, served by the torch runtime."""
 
 import json
-import threading
 import time
 from contextlib import contextmanager
 
 import pytest
 
 from wherry.artifact import Artifact
+from wherry.shelf import find
 from wherry.task import Task
 
 TEMPLATE = (
@@ -21,38 +21,27 @@ LEARNT = {
 ENDLESS = "Row,"  # a completion of this never ends by itself
 
 
-class TextSession:
-    """A generator by transformers, one call after another. `pace_s` slows it down, `open` counts running calls."""
+class Seen:
+    """A real session, watched: `open` counts running answers, `calls` and `sizes` what came in, `pace_s` slows it."""
 
-    grade = "A"
-
-    def __init__(self, model):
-        self.model, self.lock, self.open, self.pace_s, self.calls = model, threading.Lock(), 0, 0.0, []
-        self.facts = {"runtime": "torch", "version": "2", "isa": "x86", "threads": "1", "device": "cpu"}
+    def __init__(self, session):
+        self.session, self.grade, self.facts = session, session.grade, session.facts
+        self.open, self.pace_s, self.calls, self.sizes = 0, 0.0, [], []
 
     def generate(self, tokens, sampling):
-        import torch
+        self.open += 1
+        self.calls.append((list(tokens), sampling))
+        try:
+            for token in self.session.generate(tokens, sampling):
+                time.sleep(self.pace_s)
+                yield token
+        finally:
+            self.open -= 1
 
-        with self.lock, torch.inference_mode():
-            self.open += 1
-            self.calls.append((list(tokens), sampling))
-            try:
-                draw = torch.Generator().manual_seed(sampling.seed)
-                ids, cache = torch.tensor([list(tokens)]), None
-                for _ in range(sampling.max_tokens):
-                    out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
-                    cache, logits = out.past_key_values, out.logits[0, -1]
-                    if sampling.temperature == 0:
-                        token = int(logits.argmax())
-                    else:
-                        token = int(torch.multinomial((logits / sampling.temperature).softmax(0), 1, generator=draw))
-                    if token in sampling.stop:
-                        return
-                    time.sleep(self.pace_s)
-                    yield token
-                    ids = torch.tensor([[token]])
-            finally:
-                self.open -= 1
+    def predict(self, inputs):
+        time.sleep(self.pace_s)
+        self.sizes.append(len(inputs["input_ids"]))
+        return self.session.predict(inputs)
 
     @contextmanager
     def slow(self, pace_s):
@@ -63,29 +52,11 @@ class TextSession:
             self.pace_s = 0.0
 
     def close(self):
-        pass
+        self.session.close()
 
 
-class VectorSession:
-    """An encoder by transformers."""
-
-    grade = "A"
-
-    def __init__(self, model):
-        self.model, self.lock, self.sizes, self.pace_s = model, threading.Lock(), [], 0.0
-        self.facts = {"runtime": "torch", "version": "2", "isa": "x86", "threads": "1", "device": "cpu"}
-
-    def predict(self, inputs):
-        import torch
-
-        with self.lock, torch.inference_mode():
-            time.sleep(self.pace_s)
-            self.sizes.append(len(inputs["input_ids"]))
-            out = self.model(**{name: torch.from_numpy(value) for name, value in inputs.items()})
-            return {"last_hidden_state": out.last_hidden_state.numpy()}
-
-    def close(self):
-        pass
+def load(artifact):
+    return Seen(find("runtimes", "torch").load(artifact, threads=1))
 
 
 def write_tokenizer(folder):
@@ -152,7 +123,8 @@ def writer(tmp_path_factory):
         if loss.item() < 0.01:
             break
     model.eval()
-    return TextSession(model), seal(folder, model, task, "tiny-writer")
+    artifact = seal(folder, model, task, "tiny-writer")
+    return load(artifact), artifact
 
 
 @pytest.fixture(scope="session")
@@ -177,4 +149,5 @@ def encoder(tmp_path_factory):
     model = BertModel(config).eval()
     names = ("input_ids", "attention_mask", "token_type_ids")
     task = Task("sentence-similarity", folder, 64, "mean", True, names)
-    return VectorSession(model), seal(folder, model, task, "tiny-encoder")
+    artifact = seal(folder, model, task, "tiny-encoder")
+    return load(artifact), artifact

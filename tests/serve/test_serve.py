@@ -38,6 +38,11 @@ def report():
     proof.add("perplexity", "original", 12.5, low=12.1, high=12.9)
     proof.add("perplexity", "safetensors", 12.75, low=12.2, high=13.1)
     proof.add("kl", "safetensors", 0.0123, "nats/token", low=0.011, high=0.014)
+    proof.add("kl", "other", 9.9)  # another export of the same checkpoint
+    proof.add("kl to the checkpoint", "safetensors", 0.0001)
+    proof.add("grade", "safetensors", "A", note="full logits")
+    proof.add("fact: runtime", "safetensors", "torch")
+    proof.add("verdict", "", "PASS", note="9 checks passed")
     proof.add("weight error", "model.layers.0.mlp.up_proj.weight", 0.01)
     return proof
 
@@ -75,7 +80,7 @@ def test_chat_with_the_stock_client(url, writer, learnt, question):
     task = artifact.task
     tokens = task.tokenizer.encode(task.chat([{"role": "user", "content": question}]), add_special_tokens=False).ids
     with torch.inference_mode():
-        out = session.model.generate(
+        out = session.session.module.generate(
             torch.tensor([tokens]), attention_mask=torch.ones(1, len(tokens)), do_sample=False, max_new_tokens=200,
             eos_token_id=1, pad_token_id=1,
         )  # fmt: skip
@@ -456,7 +461,7 @@ def vector(session, artifact, text):
 
     ids = torch.tensor([artifact.task.tokenizer.encode(text).ids])
     with torch.inference_mode():
-        mean = session.model(input_ids=ids).last_hidden_state[0].mean(0).numpy()
+        mean = session.session.module(input_ids=ids).last_hidden_state[0].mean(0).numpy()
     return mean / np.linalg.norm(mean)
 
 
@@ -594,12 +599,15 @@ def test_models_health_facts(url, writer):
     assert known["model"]["context"] == 512
     assert known["model"]["bytes"] == writer[1].bytes
     assert known["model"]["schemes"] == [{"scheme": "W4A16,group_size=32", "tensors": 1}]
-    assert known["runtime"]["isa"] == "x86"
+    assert known["runtime"]["runtime"] == "torch"
     assert known["grade"]["grade"] == "A"
     rows = known["proof"]["rows"]
     assert [(row["what"], row["where"]) for row in rows] == [
         ("perplexity", "original"), ("perplexity", "safetensors"), ("kl", "safetensors"),
     ]  # fmt: skip
+    proof = known["proof"]
+    assert (proof["here"], proof["runtime"], proof["grade"]) == ("safetensors", "torch", "A, full logits")
+    assert proof["verdict"] == {"value": "PASS", "note": "9 checks passed"}
     assert rows[2]["text"] == "0.0123 nats/token [0.011, 0.014]"
     assert str(writer[1].path) not in answer.text  # no path of this machine
 
@@ -611,8 +619,10 @@ def test_the_page_loads_nothing_from_elsewhere(url, vectors_url, kind):
     assert page.status_code == 200
     assert page.headers["content-security-policy"].startswith("default-src 'self'")
     assert page.headers["x-content-type-options"] == "nosniff"
-    seen = page.text
-    for link in re.findall(r'(?:src|href)="([^"]+)"', page.text):
+    seen = page.text + httpx.get(f"{home}/web/facts.js").text
+    links = re.findall(r'(?:src|href)="([^"#]+)"', page.text)
+    assert len(links) >= 3
+    for link in links:
         assert link.startswith("/"), link
         file = httpx.get(home + link)
         assert file.status_code == 200

@@ -104,6 +104,7 @@ class Service:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.defaults = _defaults(self.task.folder)
+        self.known["defaults"] = {"max_tokens": max_tokens, **self.defaults}
         self.line = Line(queue)
         self.writer, self.embedder = Writer(session, self.task), Embedder(session, self.task)
         self.metrics = Metrics({"model": self.model, "format": artifact.format, **session.facts})
@@ -268,8 +269,8 @@ class Service:
         """Pieces of one answer: a place in the line, the sampling, and the counters around them."""
         sampling = Sampling(
             max_tokens=min(asked.max_tokens or self.max_tokens, room),
-            temperature=self.defaults[0] if asked.temperature is None else asked.temperature,
-            top_p=self.defaults[1] if asked.top_p is None else asked.top_p,
+            temperature=self.defaults.get("temperature", 1.0) if asked.temperature is None else asked.temperature,
+            top_p=self.defaults.get("top_p", 1.0) if asked.top_p is None else asked.top_p,
             top_k=asked.top_k,
             seed=secrets.randbits(31) if asked.seed is None else asked.seed % (1 << 31),
             stop=self.task.stop,
@@ -294,10 +295,8 @@ class Service:
                     self.metrics.speed.set((count - 1) / (now - first))
 
 
-def _defaults(folder: Path) -> tuple[float, float]:
-    """(temperature, top_p) for requests that set none: the model's own, else those of the API."""
+def _defaults(folder: Path) -> dict[str, float]:
+    """Sampling that the model itself asks for in generation_config.json: temperature and top_p, where it does."""
     file = folder / "generation_config.json"
     own = json.loads(file.read_text(encoding="utf8")) if file.exists() else {}
-    if not own.get("do_sample"):
-        return 1.0, 1.0
-    return float(own.get("temperature") or 1.0), float(own.get("top_p") or 1.0)
+    return {name: float(own[name]) for name in ("temperature", "top_p") if own.get("do_sample") and own.get(name)}

@@ -6,7 +6,7 @@ When standard input is not a terminal each line of it is one message, and only a
 import secrets
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 
 from wherry.artifact import Artifact
 from wherry.errors import Unsupported
@@ -47,59 +47,62 @@ def chat(
     if terminal:
         _note(f"{artifact.name} on {session.facts.get('runtime', '?')}. Ctrl-C stops an answer, Ctrl-D leaves.")
     messages: list[dict[str, str]] = []
-    for line in _lines(terminal):
-        messages.append({"role": "user", "content": line})
-        tokens = task.tokenizer.encode(task.chat(messages), add_special_tokens=False).ids
-        if len(tokens) >= context:
-            whole = len(messages) == 1
-            what = "The message" if whole else "The conversation"
-            _note(
-                f"{what} has {len(tokens):,} tokens, the model's context {context:,}. "
-                + ("Send a shorter one." if whole else "It starts anew.")
-            )
-            messages = []
-            continue
-        drawn = secrets.randbits(31) if seed is None else seed
-        sampling = Sampling(min(max_tokens, context - len(tokens)), temperature, top_p, 0, drawn, task.stop)
-        answer = _show(pieces(session, task.tokenizer, tokens, sampling))
-        messages.append({"role": "assistant", "content": answer})
+    while True:
+        try:
+            line = _line(terminal)
+            if line is None:
+                return
+            messages.append({"role": "user", "content": line})
+            tokens = task.tokenizer.encode(task.chat(messages), add_special_tokens=False).ids
+            if len(tokens) >= context:
+                what, way = ("The conversation", "It starts anew.") if messages[1:] else ("This", "Send a shorter one.")
+                _note(f"{what} has {len(tokens):,} tokens, the model's context {context:,}. {way}")
+                messages = []
+                continue
+            drawn = secrets.randbits(31) if seed is None else seed
+            sampling = Sampling(min(max_tokens, context - len(tokens)), temperature, top_p, 0, drawn, task.stop)
+            answer = _show(pieces(session, task.tokenizer, tokens, sampling), terminal)
+            messages.append({"role": "assistant", "content": answer})
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            _note("\nTo leave: Ctrl-D.")
 
 
-def _show(answer: Generator[Piece, None, None]) -> str:
+def _show(answer: Generator[Piece, None, None], terminal: bool) -> str:
     """Print an answer as it comes and its speed after it; Ctrl-C ends it. Returns what was printed of it."""
-    text, start, first, count, stopped = "", time.perf_counter(), 0.0, 0, ""
+    text, start, first, count, end = "", time.perf_counter(), 0.0, 0, ""
     try:
         for piece in answer:
             first = first or time.perf_counter()
             text, count = text + piece.text, piece.tokens
             print(piece.text, end="", flush=True)
             if piece.finish == "length":
-                stopped = ", cut at its longest"
+                end = ", cut at its longest"
     except KeyboardInterrupt:
-        stopped = ", stopped"
+        if not terminal:
+            raise
+        end = ", stopped"
     finally:
         answer.close()
+    took_s = time.perf_counter() - first
     print(flush=True)
-    end = time.perf_counter()
-    speed = f"{(count - 1) / (end - first):.1f} tokens/s, " if count > 1 and end > first else ""
-    _note(f"[{speed}{count} tokens, first after {max(first - start, 0):.2f} s{stopped}]")
+    speed = f"{(count - 1) / took_s:.1f} tokens/s, " if count > 1 else ""
+    _note(f"[{speed}{count} tokens, first after {max(first - start, 0):.2f} s{end}]")
     return text
 
 
-def _lines(terminal: bool) -> Iterator[str]:
-    """Messages that are not empty, until the input ends."""
+def _line(terminal: bool) -> str | None:
+    """The next message that is not empty; None when the input has ended."""
     while True:
         try:
             line = input("\n> ") if terminal else next(sys.stdin)
         except (EOFError, StopIteration):
             if terminal:
                 print()
-            return
-        except KeyboardInterrupt:
-            _note("\nCtrl-D leaves.")
-            continue
+            return None
         if line.strip():
-            yield line.strip()
+            return line.strip()
 
 
 def _note(text: str) -> None:

@@ -9,24 +9,17 @@ from wherry.artifact import Artifact
 from wherry.report import Report
 from wherry.session import GRADES, Session
 
-# rows of a report that belong to the proof, in the order in which they are shown
-PROOF = ("verdict", "bytes", "perplexity", "kl", "top-1", "spearman", "pearson", "cosine", "prefill", "decode", "peak")
-
-
-def schemes(artifact: Artifact) -> list[tuple[str, int]]:
-    """(scheme, tensors stored so), most frequent first; tensors that stay float are left out."""
-    count = Counter(str(row["scheme"]) for row in artifact.manifest.get("plan", []) if row.get("scheme"))
-    return count.most_common()
+# measures of a report that are shown, in this order
+PROOF = (
+    "bytes", "perplexity", "perplexity ratio", "kl", "top-1 agreement", "spearman", "spearman difference",
+    "embedding agreement", "prefill", "decode", "sentences", "peak memory",
+)  # fmt: skip
 
 
 def facts(session: Session, artifact: Artifact, report: Report | None, context: int) -> dict[str, Any]:
-    """Everything the page shows, as JSON values. Holds no path of this machine.
-
-    proof: rows {what, where, value, unit, low, high, note, text}; text is the value as a person reads it.
-    """
+    """Everything the page shows, as JSON values. Holds no path of this machine."""
     manifest = artifact.manifest
-    rows = [] if report is None else report.rows
-    proof = [{**asdict(row), "text": row.text()} for name in PROOF for row in rows if row.what.lower().startswith(name)]
+    schemes = Counter(str(row["scheme"]) for row in manifest.get("plan", []) if row.get("scheme"))
     return {
         "model": {
             "name": artifact.name,
@@ -34,7 +27,7 @@ def facts(session: Session, artifact: Artifact, report: Report | None, context: 
             "format": artifact.format,
             "bytes": artifact.bytes,
             "params": manifest.get("params") or None,
-            "schemes": [{"scheme": scheme, "tensors": tensors} for scheme, tensors in schemes(artifact)],
+            "schemes": [{"scheme": scheme, "tensors": tensors} for scheme, tensors in schemes.most_common()],
             "recipe": manifest.get("recipe") or "",
             "license": manifest.get("license") or "",
             "context": context,
@@ -42,6 +35,31 @@ def facts(session: Session, artifact: Artifact, report: Report | None, context: 
         },
         "runtime": dict(session.facts),
         "grade": {"grade": session.grade, "means": GRADES.get(session.grade, "")},
-        "proof": {"title": "" if report is None else report.title, "rows": proof},
+        "proof": proof(artifact, report or Report()),
         "wherry": wherry.__version__,
+    }
+
+
+def proof(artifact: Artifact, report: Report) -> dict[str, Any]:
+    """The part of a report that proves this artifact: its own rows and the original's.
+
+    here: what the report calls this artifact. verdict: {value, note} or None. runtime, grade: of the measuring.
+    rows: {what, where, value, unit, low, high, note, text}; text is the value as a person reads it.
+    """
+    places = {row.where for row in report}
+    here = next((name for name in (artifact.path.name, artifact.format, "checkpoint") if name in places), "")
+    rows = [
+        {**asdict(row), "text": row.text()}
+        for what in PROOF
+        for row in report
+        if row.what == what and row.where in ("original", here)
+    ]
+    verdict, grade = report.get("verdict"), report.get("grade", here)
+    runtime = [row.text() for what in ("fact: runtime", "fact: version") if (row := report.get(what, here))]
+    return {
+        "here": here,
+        "verdict": verdict and {"value": verdict.text(), "note": verdict.note},
+        "runtime": " ".join(runtime),
+        "grade": grade and f"{grade.text()}, {grade.note}",
+        "rows": rows,
     }

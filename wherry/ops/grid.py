@@ -15,7 +15,9 @@ from wherry.scheme import Group, QTensor, Row, Scheme
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 PORTABLE_BITS = 7  # significant bits of a portable scale: 7 + 4 <= 11, what fp16 holds
 COARSE_BITS = 3  # of a scale whose 8-bit codes must decode exactly in fp16: 3 + 8 <= 11
-FP16_MOST, FP16_LEAST = 65504.0, 2.0**-24
+FP16_LEAST = 2.0**-24
+PORTABLE_MOST = 127 * 2.0**5  # the largest of 7 bits that fp16 holds 16 times
+COARSE_MOST = 7 * 2.0**6  # the largest of 3 bits that fp16 holds 128 times
 
 
 def portable(scale: torch.Tensor) -> torch.Tensor:
@@ -26,7 +28,7 @@ def portable(scale: torch.Tensor) -> torch.Tensor:
     """
     mantissa, exponent = torch.frexp(scale)
     rounded = torch.ldexp(torch.round(mantissa * 2**PORTABLE_BITS), exponent - PORTABLE_BITS)
-    return rounded.clamp(FP16_LEAST * 2 ** (PORTABLE_BITS - 1), FP16_MOST / 16)
+    return rounded.clamp(FP16_LEAST * 2 ** (PORTABLE_BITS - 1), PORTABLE_MOST)
 
 
 def coarse(scale: torch.Tensor) -> torch.Tensor:
@@ -37,7 +39,7 @@ def coarse(scale: torch.Tensor) -> torch.Tensor:
     """
     mantissa, exponent = torch.frexp(scale)
     rounded = torch.ldexp(torch.ceil(mantissa * 2**COARSE_BITS), exponent - COARSE_BITS)
-    return rounded.clamp(FP16_LEAST * 2 ** (COARSE_BITS - 1), FP16_MOST / 128)
+    return rounded.clamp(FP16_LEAST * 2 ** (COARSE_BITS - 1), COARSE_MOST)
 
 
 def grouped(w: torch.Tensor, scheme: Scheme) -> torch.Tensor:

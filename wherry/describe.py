@@ -14,13 +14,14 @@ def write(result: Path, out: Path, report: Report, stamp: dict[str, Any]) -> Non
     from wherry import shelf
 
     whole = Artifact.open(result)
-    lines = []
-    for artifact in artifacts(result):
+    lines, found = [], artifacts(result)
+    for artifact in found:
         final = Artifact(out / artifact.path.relative_to(result), artifact.manifest)
         lines += shelf.find("formats", artifact.format).command(final)
     for key, value in stamp.items():
         if value is not None:
             report.add(f"made with: {key}", "", value if isinstance(value, str | int) else str(value))
+    report.extend(page.facts(whole.manifest, lines, [a.path.name for a in found if a.path != whole.path]))
     report.save(result / "report.json")
-    write_atomic(result / "report.html", page.render(report, whole.manifest, lines))
-    write_atomic(result / "README.md", card.render(report, whole.manifest, lines))
+    write_atomic(result / "report.html", page.render(report))
+    write_atomic(result / "README.md", card.render(report))

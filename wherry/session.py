@@ -77,6 +77,7 @@ class NoPredict:
     """For sessions of generators: predict is refused."""
 
     def predict(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Refused: a generator has no single output."""
         raise NotImplementedError("this session generates text; use score() or generate()")
 
 
@@ -84,9 +85,11 @@ class NoGenerate:
     """For sessions of models that are not generators: score and generate are refused."""
 
     def score(self, tokens: Sequence[int], top_k: int = 32) -> Score:
+        """Refused: the model gives no probability of a text."""
         raise NotImplementedError("this session does not generate text; use predict()")
 
     def generate(self, tokens: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        """Refused: the model writes no text."""
         raise NotImplementedError("this session does not generate text; use predict()")
 
 

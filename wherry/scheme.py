@@ -207,7 +207,7 @@ _STRATEGY = {Tensor: "tensor", Row: "channel", Token: "token", Group: "group", B
 _TOKEN8 = Scheme(8, grain=Token(), dynamic=True)
 _TENSOR8 = Scheme(8, grain=Tensor(), symmetric=False)
 PRESETS = {
-    "W8A16": Scheme(8, grain=Row()),
+    "W8A16": Scheme(8),
     "W4A16": Scheme(4),
     "W4A16_ASYM": Scheme(4, symmetric=False),
     "W3A16": Scheme(3),

@@ -24,7 +24,7 @@ def portable(scale: torch.Tensor) -> torch.Tensor:
     """Round a positive scale to 7 significant bits, within the range in which fp16 holds it exactly.
 
     Then s, s*z and s*(q-z) are exact in fp16 for codes of up to 4 bits, so that one set of codes means the
-    same weights in GGUF (fp16 d and m), ONNX and compressed-tensors. Error of the scale: at most 2^-8 of it.
+    same weights in GGUF (fp16 d and m), ONNX and compressed-tensors. Error of the scale: at most 2^-7 of it.
     """
     mantissa, exponent = torch.frexp(scale)
     rounded = torch.ldexp(torch.round(mantissa * 2**PORTABLE_BITS), exponent - PORTABLE_BITS)

@@ -1,0 +1,95 @@
+"""The integer grid against compressed-tensors' rounding, portable scales against fp16 itself, packing against theirs."""
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import calculate_qparams
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wherry.ops import grid
+from wherry.ops.pack import pack, unpack
+from wherry.scheme import PRESETS, Group, Scheme
+
+WEIGHT_ONLY = [name for name in PRESETS if "A16" in name]
+
+
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_round_to_nearest_equals_theirs(name: str) -> None:
+    torch.manual_seed(0)
+    w, scheme = torch.randn(24, 128), PRESETS[name].with_group(32)
+    ours = grid.encode(w, scheme, *grid.fit(w, scheme, None)).decode()
+    args = QuantizationArgs(num_bits=scheme.bits, symmetric=scheme.symmetric, strategy="group", group_size=32)
+    groups = w.reshape(24, 4, 32)
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    theirs = fake_quantize(w, scale, zero, args)
+    same = ours == theirs  # a half may round either way where x / s differs in the last bit
+    assert same.float().mean() > 0.999
+    assert (ours - theirs).abs().max() <= scale.max() * 1.001
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.floats(1e-6, 1e3), st.sampled_from([2, 3, 4]))
+def test_portable_weights_are_exact_in_fp16(seed: int, size: float, bits: int) -> None:
+    w = torch.randn(8, 64, generator=torch.Generator().manual_seed(seed)) * size
+    scheme = Scheme(bits, grain=Group(32), symmetric=False)
+    q = grid.encode(w, scheme, *grid.fit(w, scheme))
+    assert q.zero is not None
+    half, product = q.scale.half(), q.scale * (q.zero.float() - scheme.qmin)
+    assert torch.equal(half.float(), q.scale)
+    assert torch.equal(product.half().float(), product)  # the minimum of a GGUF Q4_1 block
+    assert torch.equal(q.decode().half().float(), q.decode())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.floats(1e-4, 1e2))
+def test_coarse_scales_keep_8_bit_tables_exact_in_fp16(seed: int, size: float) -> None:
+    w = torch.randn(8, 64, generator=torch.Generator().manual_seed(seed)) * size
+    scheme = Scheme(8, grain=Group(32))
+    q = grid.encode(w, scheme, *grid.fit(w, scheme, grid.coarse))
+    assert torch.equal(q.decode().half().float(), q.decode())
+    assert (q.decode() - w).abs().max() <= 1.25 * 2 * w.abs().max() / 255 / 2 * 1.0001
+
+
+def test_portable_moves_a_scale_by_at_most_2_to_the_minus_7() -> None:
+    s = torch.logspace(-4, 2, 10_000)
+    assert ((grid.portable(s) - s).abs() / s).max() <= 2**-7 * 1.0001
+
+
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_encode_decode_is_idempotent(name: str) -> None:
+    w = torch.randn(16, 128)
+    scheme = PRESETS[name].with_group(32)
+    scale, zero = grid.fit(w, scheme)
+    q = grid.encode(w, scheme, scale, zero)
+    assert torch.equal(grid.encode(q.decode(), scheme, scale, zero).code, q.code)
+
+
+def test_more_bits_are_never_worse() -> None:
+    w = torch.randn(32, 256)
+    errors = []
+    for bits in range(2, 9):
+        scheme = Scheme(bits, grain=Group(32), symmetric=False)
+        errors.append(float((grid.encode(w, scheme, *grid.fit(w, scheme)).decode() - w).norm()))
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_zeros_stay_zero_and_constant_groups_survive() -> None:
+    w = torch.zeros(2, 64)
+    w[0, 32:] = 3.0
+    for name in ("W4A16", "W4A16_ASYM"):
+        scheme = PRESETS[name].with_group(32)
+        q = grid.encode(w, scheme, *grid.fit(w, scheme)).decode()
+        assert torch.equal(q == 0, w == 0)
+        assert torch.isfinite(q).all()
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("k", [7, 32, 100, 576])
+def test_packing_equals_theirs(bits: int, k: int) -> None:
+    code = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (13, k), dtype=torch.int8)
+    words = pack_to_int32(code, bits)
+    assert torch.equal(pack(code, bits), words)
+    assert torch.equal(unpack(words, bits, k), unpack_from_int32(words, bits, torch.Size((13, k))))

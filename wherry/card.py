@@ -111,7 +111,7 @@ def _limits(page: Page, licensed: bool) -> str:
     lines = [
         "## Limits\n",
         "- It inherits whatever the original says wrongly or unfairly; compressing it was not meant to change that.",
-        "- Quality was measured on the text named above only; on yours: `wherry verify OUT --against MODEL --data FILE`.",
+        "- Quality is that on the text named above; on yours: `wherry verify OUT --against MODEL --data FILE`.",
     ]
     bounds = [page.rows[i].where for i in page.all("kl") if page.rows[i].note.startswith("lower bound")]
     if bounds:

@@ -57,7 +57,7 @@ def save(
     progress(1, 3, "graph and weights")
     (decoder if generator else encoder).build(checkpoint, out, exact)
     progress(2, 3, "reload and compare")
-    checks = proof.holds(checkpoint, out / MAIN)
+    checks, plan = proof.holds(checkpoint, out / MAIN)
     if generator:
         checks += proof.generator(checkpoint, out / MAIN, exact)
     else:
@@ -67,7 +67,7 @@ def save(
     manifest: dict[str, Any] = {
         "wherry": __version__, "format": "onnx", "main": MAIN, "task": checkpoint.task.to_dict(), "model": checkpoint.name,
         "recipe": checkpoint.recipe, "source": checkpoint.origin, "license": checkpoint.license, "params": checkpoint.params,
-        "plan": checkpoint.plan, "activations": activations, "checks": checks,
+        "plan": plan, "activations": activations, "checks": checks,
     }  # fmt: skip
     return Artifact.seal(out, **manifest)
 

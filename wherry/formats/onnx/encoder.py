@@ -39,13 +39,16 @@ class Pooled(torch.nn.Module):
         super().__init__()
         self.model, self.pooling, self.normalize = model, task.pooling, task.normalize
 
-    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Embedding [batch, width]; the same arithmetic as Task.answer."""
-        hidden = self.model(**inputs).last_hidden_state
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
         if self.pooling == "cls":
             pooled = hidden[:, 0]
         else:
-            mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+            mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
             pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
         if self.normalize:
             pooled = pooled / pooled.norm(dim=-1, keepdim=True).clamp(min=1e-12)
@@ -144,6 +147,8 @@ def build(checkpoint: Checkpoint, out: Path, exact: bool) -> None:
     """Write model.onnx and model.onnx.data into `out`. exact: see decoder.build."""
     module = checkpoint.skeleton()
     module.set_attn_implementation("eager")
+    if hasattr(module, "pooler"):
+        module.pooler = None  # a sentence embedding does not use it; its weights are left out of the file
     places = checkpoint.places(module)
     dress(module, checkpoint, places, 0 if exact else 4)
     model = trace(Pooled(module, checkpoint.task).eval(), checkpoint.task, places)
@@ -180,28 +185,41 @@ def dress(module: torch.nn.Module, checkpoint: Checkpoint, places: dict[str, str
     for parameter, _ in list(module.named_parameters()):
         if parameter in places:
             put(module, parameter, checkpoint.weight(places[parameter]))
-    for name, value in module.named_parameters():
-        if value.is_meta:  # an unused pooler
-            put(module, name, torch.zeros(value.shape))
 
 
 def trace(module: Pooled, task: Task, places: dict[str, str]) -> ir.Model:
     """Export with free batch and sequence; initializers are named after their weights."""
     inputs = {name: torch.from_numpy(value) for name, value in task.batch(task.examples()).items()}
-    axes = {"inputs": task.axes}
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
-                module, (), kwargs=inputs, dynamo=True, dynamic_shapes=axes, opset_version=OPSET, verbose=False
+                module, (), kwargs=inputs, dynamo=True, dynamic_shapes=task.axes, opset_version=OPSET,
+                optimize=False, verbose=False,
             )
         except Exception as error:  # the exporter raises many kinds: all of them mean that it cannot take this model
-            reason = str(error).strip().split("\n")[0][:200]
+            reason = str(error.__cause__ or error).strip().split("\n")[0][:200]
             raise Unsupported(f"onnx: torch.onnx.export cannot take {type(module.model).__name__}: {reason}") from error
     assert program is not None
     model: ir.Model = program.model
     rename(model.graph, module, places)
+    tidy(model)
     return model
+
+
+def tidy(model: ir.Model) -> None:
+    """What the exporter's own optimizer does, but for merging weights that happen to be equal: each keeps its name."""
+    from onnx_ir.passes import common
+    from onnxscript import optimizer, rewriter
+
+    common.InlinePass()(model)
+    optimizer.fold_constants(model)
+    rewriter.rewrite(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.ClearMetadataAndDocStringPass()(model)  # the exporter's notes hold paths of this machine
 
 
 def rename(graph: ir.Graph, module: Pooled, places: dict[str, str]) -> None:
@@ -215,10 +233,18 @@ def rename(graph: ir.Graph, module: Pooled, places: dict[str, str]) -> None:
     for old in list(graph.initializers):
         path, _, leaf = old.rpartition(".")
         if path in layers:
-            new = layers[path].removesuffix("weight") + "bias" if leaf == "bias" else layers[path] + PARTS.get(leaf, f".{leaf}")
+            value = graph.initializers[old]
+            new = layers[path].removesuffix("weight") + "bias" if leaf == "bias" else layers[path] + PARTS.get(leaf, "")
+            if leaf in ("step", "offset"):
+                assert value.const_value is not None
+                new = f"{leaf}_{value.const_value.numpy()!r}"
         else:
             new = places.get(old.removeprefix("model."), old)
-        if new != old:
+        if new == old:
+            continue
+        if new in graph.initializers:  # the scale of an input that several layers share
+            ir.convenience.replace_all_uses_with(graph.initializers.pop(old), graph.initializers[new])
+        else:
             value = graph.initializers.pop(old)
             value.name = new
             graph.register_initializer(value)

@@ -117,7 +117,6 @@ def halve(graph: ir.Graph) -> int:
             low = call(node, "Sub", [parts, high], f"{name}/low")
             both = call(node, "Concat", [high, low], f"{name}/both", axis=0)
             done[x, size] = call(node, "Reshape", [both, integers(graph, *same, -1)], f"{name}/batch")
-            done[x, size].shape = ir.Shape([None] * len(x.shape))
         inputs = [done[x, size], *node.inputs[1:]]
         facts = {k: v.value for k, v in node.attributes.items()} | {"accuracy_level": 4}
         y = call(node, f"{MICROSOFT}::MatMulNBits", inputs, f"{node.name}/int8", **facts)

@@ -12,6 +12,7 @@ DECODERS = {
     "Qwen2ForCausalLM": "QwenModel",
     "Qwen3ForCausalLM": "Qwen3Model",
     "SmolLM3ForCausalLM": "SmolLM3Model",
+    "GraniteForCausalLM": "GraniteModel",
 }
 
 
@@ -28,11 +29,20 @@ def check(plan: Plan) -> dict[str, str]:
 
 
 def architecture(config: dict) -> str:
-    """Name of the builder's class that draws this language model. Raises Unsupported when none was tried."""
+    """Name of the builder's class that draws this language model.
+
+    Raises Unsupported when none was tried, and for attention in windows, which the builder cuts otherwise than transformers.
+    """
     name = (config.get("architectures") or ["?"])[0]
     if name not in DECODERS:
         known = ", ".join(DECODERS)
         raise Unsupported(f"{name} is not exported to ONNX; these are: {known}.\nWrite GGUF or compressed-tensors instead.")
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if window and window < config.get("max_position_embeddings", 0):
+        raise Unsupported(
+            f"{name} attends in windows of {window}: the ONNX graph would give other logits beyond them (KL 5e-3 measured).\n"
+            f"Write GGUF, or set sliding_window to null in config.json for texts of up to {window} tokens."
+        )
     return DECODERS[name]
 
 

@@ -21,6 +21,7 @@ from wherry.scheme import QTensor
 LIMITS = {True: {"kl": 1e-3, "cosine": 1e-3}, False: {"kl": 5e-2, "cosine": 1e-2}}  # by `exact`
 LARGE = 4096  # values; a float tensor above it must be a weight that the plan leaves float
 FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
+UNUSED = ("pooler.", "position_ids", "rotary_emb.inv_freq")
 CACHES = {"cos_cache", "sin_cache"}  # rotary positions, drawn by the builder
 
 
@@ -30,8 +31,11 @@ def check(what: str, value: float, unit: str, limit: float | None, note: str) ->
     return {k: v for k, v in entry.items() if v is not None}
 
 
-def holds(checkpoint: Checkpoint, path: Path) -> list[dict[str, Any]]:
-    """Every quantized weight is there as codes, once, and no float copy of one is. Raises Corrupt when not."""
+def holds(checkpoint: Checkpoint, path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Every quantized weight is there as codes, once, and no float copy of one is. Raises Corrupt when not.
+
+    Returns checks, and the plan without the weights that the task does not use (a pooler, stored positions).
+    """
     model = onnx.load(path, load_external_data=False)
     tensors = {t.name: t for t in model.graph.initializer}
     quantized = {name for name in checkpoint.names() if checkpoint.scheme(name) is not None}
@@ -45,7 +49,14 @@ def holds(checkpoint: Checkpoint, path: Path) -> list[dict[str, Any]]:
         large = tensor.data_type in FLOATS and np.prod(tensor.dims, dtype=np.int64) > LARGE
         if large and of not in free and name not in CACHES and not name.endswith((edit.SCALES, ".steps")):
             raise Corrupt(f"{path}: {name} holds {list(tensor.dims)} floats that the plan does not know: a second copy of a weight")
-    return [check("tensors with codes", len(coded), "", None, "each once, no float copy of any in the file")]
+    there = {name.removesuffix(edit.TRANSPOSED) for name in tensors} | coded
+    left = sorted(free - there)
+    if wrong := [name for name in left if not any(word in name for word in UNUSED)]:
+        raise Corrupt(f"{path}: {wrong[0]} is not in the file, against the plan")
+    out = [check("tensors with codes", len(coded), "", None, "each once, no float copy of any in the file")]
+    if left:
+        out.append(check("left out", len(left), "", None, f"not used by this task: {', '.join(left)}"))
+    return out, [row for row in checkpoint.plan if row["name"] not in left]
 
 
 def fused(path: Path, wanted: int) -> list[dict[str, Any]]:

@@ -24,7 +24,8 @@ app = typer.Typer(
     help="Compress a trained model, prove it on the runtime that will run it, export it, serve it.",
     epilog="First use: wherry compress MODEL -o OUT --format gguf, then wherry serve OUT",
 )  # fmt: skip
-out, err = Console(), Console(stderr=True)
+out = Console(width=None if sys.stdout.isatty() else 100)
+err = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="A folder with config.json, a .gguf file, or a hub id.", show_default=False)]
 ArtifactPath = Annotated[Path, typer.Argument(help="A folder that wherry wrote, or a .gguf file.", show_default=False)]
@@ -96,7 +97,12 @@ def show(report: Report, as_json: bool) -> None:
 
 def judge(report: Report, as_json: bool) -> None:
     """Show a report with a verdict; exit with 1 when it failed."""
-    show(report, as_json)
+    if as_json:
+        show(report, as_json)
+    else:
+        from wherry import board
+
+        board.show(report, out)
     verdict = report.get("verdict")
     if verdict and verdict.value != "PASS":
         raise typer.Exit(1)

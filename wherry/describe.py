@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from wherry import card, page
+from wherry import card, page, shelf
 from wherry.artifact import Artifact
 from wherry.choose import artifacts
 from wherry.report import Report, write_atomic
@@ -11,17 +11,16 @@ from wherry.report import Report, write_atomic
 
 def write(result: Path, out: Path, report: Report, stamp: dict[str, Any]) -> None:
     """Write the three into `result`, which will be called `out`: paths in commands are the final ones."""
-    from wherry import shelf
-
-    whole = Artifact.open(result)
-    lines, found = [], artifacts(result)
-    for artifact in found:
-        final = Artifact(out / artifact.path.relative_to(result), artifact.manifest)
-        lines += shelf.find("formats", artifact.format).command(final)
+    lines, formats = [], []
+    for artifact in artifacts(result):
+        place = artifact.path.relative_to(result)
+        lines += shelf.find("formats", artifact.format).command(Artifact(out / place, artifact.manifest))
+        if artifact.path != result:
+            formats.append(artifact.format)
     for key, value in stamp.items():
         if value is not None:
             report.add(f"made with: {key}", "", value if isinstance(value, str | int) else str(value))
-    report.extend(page.facts(whole.manifest, lines, [a.path.name for a in found if a.path != whole.path]))
+    report.extend(page.facts(Artifact.open(result).manifest, lines, formats))
     report.save(result / "report.json")
     write_atomic(result / "report.html", page.render(report))
     write_atomic(result / "README.md", card.render(report))

@@ -18,7 +18,7 @@ BOAT, CARRY = "Where does the boat go?", "What does it carry?"
 
 def test_lines_from_a_pipe(writer, learnt, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{BOAT}\n\n  \n"))
-    chat(*writer)
+    chat(*writer, temperature=0)
     out, err = capsys.readouterr()
     assert out == learnt[BOAT] + "\n"
     assert "tokens/s" in err
@@ -83,7 +83,7 @@ def test_a_terminal_stops_at_ctrl_c_and_leaves_at_ctrl_d(writer, monkeypatch):
             monkeypatch.setattr(sys, name, file)
         for thread in threads:
             thread.start()
-        chat(session, artifact, max_tokens=60)
+        chat(session, artifact, max_tokens=60, temperature=0)
         threads[1].join(30)
     os.close(slave)
     threads[0].join(5)

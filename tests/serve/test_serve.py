@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from wherry.errors import BadInput
 from wherry.report import Report
 from wherry.serve.app import check_port, create_app, run, serving
+from wherry.shelf import find
 
 BOAT, CARRY = "Where does the boat go?", "What does it carry?"
 ENDLESS = "Row,"  # the tiny writer goes on with this for ever
@@ -193,6 +194,27 @@ def test_eight_at_once_are_all_right(url, learnt):
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(ask, range(8)))
+
+
+def test_llamacpp_says_the_same_without_torch(writer, learnt, tmp_path):
+    """The same weights as a GGUF file: another runtime, the same answers over HTTP."""
+    pytest.importorskip("xllamacpp", reason="the llama.cpp wheel is not installed")
+    from wherry.checkpoint import Checkpoint
+
+    exported = find("formats", "gguf").save(Checkpoint.open(writer[1].path), tmp_path, lambda *told: None)
+    session = find("runtimes", "llamacpp").load(exported, threads=1)
+    try:
+        with serving(create_app(session, exported)) as url:
+            for question, answer in learnt.items():
+                messages = [{"role": "user", "content": question}]
+                got = client(url).chat.completions.create(
+                    model=exported.name, messages=messages, temperature=0, stream=True
+                )
+                assert "".join(chunk.choices[0].delta.content or "" for chunk in got) == answer
+            body = {"prompt": ENDLESS, "max_tokens": 12, "temperature": 0}
+            assert httpx.post(f"{url}/v1/completions", json=body).json()["choices"][0]["text"].startswith(" row, row,")
+    finally:
+        session.close()
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------

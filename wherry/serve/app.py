@@ -5,7 +5,6 @@ Prompts and answers are never logged, and nothing of them is kept after the answ
 """
 
 import asyncio
-import json
 import secrets
 import time
 import uuid
@@ -28,7 +27,7 @@ from wherry.artifact import Artifact
 from wherry.report import Report
 from wherry.serve import openai
 from wherry.serve.events import Events, collect, events, until_gone
-from wherry.serve.facts import facts
+from wherry.serve.facts import facts, own_sampling
 from wherry.serve.failure import NoSuchModel, Watch, error_answer, http_answer
 from wherry.serve.listen import check_port, run, serving
 from wherry.serve.metrics import Metrics
@@ -103,7 +102,7 @@ class Service:
         self.tokenizer = self.task.tokenizer
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.defaults = _defaults(self.task.folder)
+        self.defaults = own_sampling(self.task)
         self.known["defaults"] = {"max_tokens": max_tokens, **self.defaults}
         self.line = Line(queue)
         self.writer, self.embedder = Writer(session, self.task), Embedder(session, self.task)
@@ -293,10 +292,3 @@ class Service:
                 self.metrics.tokens.labels("out").inc(count)
                 if count > 1 and now > first:
                     self.metrics.speed.set((count - 1) / (now - first))
-
-
-def _defaults(folder: Path) -> dict[str, float]:
-    """Sampling that the model itself asks for in generation_config.json: temperature and top_p, where it does."""
-    file = folder / "generation_config.json"
-    own = json.loads(file.read_text(encoding="utf8")) if file.exists() else {}
-    return {name: float(own[name]) for name in ("temperature", "top_p") if own.get("do_sample") and own.get(name)}

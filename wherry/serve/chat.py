@@ -10,6 +10,7 @@ from collections.abc import Generator
 
 from wherry.artifact import Artifact
 from wherry.errors import Unsupported
+from wherry.serve.facts import own_sampling
 from wherry.serve.pieces import Piece, pieces
 from wherry.session import Sampling, Session
 
@@ -19,8 +20,8 @@ def chat(
     artifact: Artifact,
     *,
     max_tokens: int = 1024,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    temperature: float | None = None,
+    top_p: float | None = None,
     seed: int | None = None,
 ) -> None:
     """Read messages, stream answers, say tokens per second after each; returns at the end of the input.
@@ -29,8 +30,8 @@ def chat(
         session: the artifact, loaded by a runtime; stays open.
         artifact: a model of the task text-generation.
         max_tokens: longest answer.
-        temperature: 0 takes the likeliest token each time.
-        top_p: draw from the likeliest tokens that together have this probability.
+        temperature: 0 takes the likeliest token each time; None: what the model asks for, else 0.3.
+        top_p: draw from the likeliest tokens that together have this probability; None: likewise, else 0.9.
         seed: of the drawing; None takes another one for every answer.
 
     Raises:
@@ -42,6 +43,9 @@ def chat(
         raise Unsupported(
             f"{artifact.name} does not write text ({task.kind}).\nCompare sentences: wherry serve {artifact.path}"
         )
+    own = {"temperature": 0.3, "top_p": 0.9} | own_sampling(task)
+    warm = own["temperature"] if temperature is None else temperature
+    share = own["top_p"] if top_p is None else top_p
     context = min(task.max_length, int(session.facts.get("context", task.max_length)))
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
@@ -60,7 +64,7 @@ def chat(
                 messages = []
                 continue
             drawn = secrets.randbits(31) if seed is None else seed
-            sampling = Sampling(min(max_tokens, context - len(tokens)), temperature, top_p, 0, drawn, task.stop)
+            sampling = Sampling(min(max_tokens, context - len(tokens)), warm, share, 0, drawn, task.stop)
             answer = _show(pieces(session, task.tokenizer, tokens, sampling), terminal)
             messages.append({"role": "assistant", "content": answer})
         except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 """What may be said of the served model: its facts, its runtime, and the proof that came with it."""
 
+import json
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
@@ -8,6 +9,7 @@ import wherry
 from wherry.artifact import Artifact
 from wherry.report import Report
 from wherry.session import GRADES, Session
+from wherry.task import Task
 
 # measures of a report that are shown, in this order
 PROOF = (
@@ -63,3 +65,10 @@ def proof(artifact: Artifact, report: Report) -> dict[str, Any]:
         "grade": grade and f"{grade.text()}, {grade.note}",
         "rows": rows,
     }
+
+
+def own_sampling(task: Task) -> dict[str, float]:
+    """What the model itself asks for in generation_config.json: temperature and top_p, where it does."""
+    file = task.folder / "generation_config.json"
+    own = json.loads(file.read_text(encoding="utf8")) if file.exists() else {}
+    return {name: float(own[name]) for name in ("temperature", "top_p") if own.get("do_sample") and own.get(name)}

@@ -4,6 +4,7 @@ A new architecture of the Llama family is a row of ARCHS. Source: llama.cpp's co
 for the same models); the names of tensors come from the `gguf` package's own map.
 """
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -47,8 +48,15 @@ LAYER = (
     "input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
     "self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
 )  # fmt: skip
-# Llama 3's scaling as it was released: factor, low and high frequency factor, first context. Found again by value.
-LLAMA3 = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192))
+SCALING = "wherry.rope_scaling"  # the parameters behind these divisors, which llama.cpp does not store
+# Llama 3's scalings as they were released: found again by their divisors
+LLAMA3 = tuple(
+    {
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    for factor in (8.0, 32.0)
+)  # fmt: skip
 
 
 def arch_of(config: dict[str, Any]) -> str:
@@ -117,7 +125,7 @@ def rope_divisors(parameters: dict[str, Any], width: int) -> np.ndarray:
 
 
 def metadata_of(arch: str, config: dict[str, Any], vocabulary: int) -> dict[str, int | float | str]:
-    """The metadata below `{arch}.`. Raises Unsupported for what llama.cpp would run wrongly."""
+    """The metadata that describes the model. Raises Unsupported for what llama.cpp would run wrongly."""
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise Unsupported(f"hidden_act={config['hidden_act']}: llama.cpp's {arch} always uses silu")
     defaults = {"num_key_value_heads": config.get("num_attention_heads"), "max_position_embeddings": 2048}
@@ -142,7 +150,38 @@ def metadata_of(arch: str, config: dict[str, Any], vocabulary: int) -> dict[str,
             out["rope.scaling.original_context_length"] = int(first)
     elif kind not in ("default", "llama3"):
         raise Unsupported(f"rotary scaling '{kind}' is not written as GGUF here; default, linear, yarn and llama3 are")
-    return out
+    made = {f"{arch}.{key}": value for key, value in out.items()}
+    if kind == "llama3":
+        made[SCALING] = json.dumps({k: scaling[k] for k in LLAMA3[0]}, sort_keys=True)
+    return made
+
+
+def shape_of(header: Header) -> dict[str, Any]:
+    """The counts and widths of a configuration, from a file's metadata.
+
+    Raises:
+        Unsupported: another architecture.
+        Corrupt: a key is missing or no number that could be one.
+    """
+    if header.arch not in ARCHS:
+        raise Unsupported(f"{header.path} is of the architecture '{header.arch}'; {', '.join(ARCHS)} are read here")
+    config: dict[str, Any] = {}
+    for key, own in COUNTS.items():
+        stated = own != "attention.head_count_kv" or f"{header.arch}.{own}" in header.metadata
+        config[key] = _number(header, own if stated else "attention.head_count")
+    stated = f"{header.arch}.attention.key_length" in header.metadata
+    width = config["hidden_size"] // config["num_attention_heads"]
+    config["head_dim"] = _number(header, "attention.key_length") if stated else width
+    if (
+        config["head_dim"] < 2
+        or config["head_dim"] % 2
+        or config["num_attention_heads"] % config["num_key_value_heads"]
+    ):
+        raise Corrupt(f"{header.path} is damaged: its heads are {heads(config)} (query, key, width)")
+    if "token_embd.weight" not in header.tensors:
+        raise Corrupt(f"{header.path} is damaged: it has no token_embd.weight")
+    config["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
+    return config
 
 
 def config_of(header: Header) -> dict[str, Any]:
@@ -152,30 +191,13 @@ def config_of(header: Header) -> dict[str, Any]:
         Unsupported: another architecture, or rotary scaling that is not read.
         Corrupt: a key is missing or contradicts the tensors.
     """
-    if header.arch not in ARCHS:
-        raise Unsupported(f"{header.path} is of the architecture '{header.arch}'; {', '.join(ARCHS)} are read here")
-    arch, data = ARCHS[header.arch], header.metadata
-
-    def get(key: str, kind: Any = int) -> Any:
-        value = data.get(f"{header.arch}.{key}")
-        if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 1):
-            raise Corrupt(f"{header.path} is damaged: {header.arch}.{key} is {value!r}")
-        return value
-
-    config: dict[str, Any] = {"architectures": [arch.classes[0]], "model_type": arch.model_type, "hidden_act": "silu"}
-    for key, own in COUNTS.items():
-        required = own != "attention.head_count_kv" or f"{header.arch}.{own}" in data
-        config[key] = get(own if required else "attention.head_count")
-    stated = f"{header.arch}.attention.key_length" in data
-    width = config["hidden_size"] // config["num_attention_heads"]
-    config["head_dim"] = get("attention.key_length") if stated else width
-    config["rms_norm_eps"] = shortest(get("attention.layer_norm_rms_epsilon", float))
-    theta = shortest(get("rope.freq_base", float)) if f"{header.arch}.rope.freq_base" in data else 10000.0
+    config, data, tensors = shape_of(header), header.metadata, header.tensors
+    arch = ARCHS[header.arch]
+    config |= {"architectures": [arch.classes[0]], "model_type": arch.model_type, "hidden_act": "silu"}
+    config["rms_norm_eps"] = shortest(_number(header, "attention.layer_norm_rms_epsilon", float))
+    stated = f"{header.arch}.rope.freq_base" in data
+    theta = shortest(_number(header, "rope.freq_base", float)) if stated else 10000.0
     config["rope_theta"], config["rope_scaling"] = theta, _scaling(header, theta, config["head_dim"])
-    tensors = header.tensors
-    if "token_embd.weight" not in tensors:
-        raise Corrupt(f"{header.path} is damaged: it has no token_embd.weight")
-    config["vocab_size"] = tensors["token_embd.weight"].shape[0]
     config["tie_word_embeddings"] = "output.weight" not in tensors
     config["attention_bias"] = "blk.0.attn_q.bias" in tensors
     config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
@@ -185,17 +207,17 @@ def config_of(header: Header) -> dict[str, Any]:
     return config
 
 
+def _number(header: Header, key: str, kind: type = int) -> Any:
+    value = header.metadata.get(f"{header.arch}.{key}")
+    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise Corrupt(f"{header.path} is damaged: {header.arch}.{key} is {value!r}")
+    return value
+
+
 def _scaling(header: Header, theta: float, width: int) -> dict[str, Any] | None:
     data, arch = header.metadata, header.arch
     if ROPE_FREQS in header.tensors:
-        stored = header.raw(ROPE_FREQS).view(np.float32)
-        for values in LLAMA3:
-            keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            found = dict(zip(keys, values, strict=True))
-            divisors = rope_divisors(found | {"rope_theta": theta}, width)
-            if stored.shape == divisors.shape and np.allclose(stored, divisors, rtol=1e-5):
-                return {"rope_type": "llama3", **found}
-        raise Unsupported(f"{header.path}: its {ROPE_FREQS} is none of Llama 3's released scalings")
+        return _llama3(header, theta, width)
     kind = data.get(f"{arch}.rope.scaling.type", "none")
     if kind == "none":
         return None
@@ -204,6 +226,19 @@ def _scaling(header: Header, theta: float, width: int) -> dict[str, Any] | None:
     found = {"rope_type": kind, "factor": shortest(data.get(f"{arch}.rope.scaling.factor", 1.0))}
     first = data.get(f"{arch}.rope.scaling.original_context_length")
     return {**found, "original_max_position_embeddings": first} if first else found
+
+
+def _llama3(header: Header, theta: float, width: int) -> dict[str, Any]:
+    entry = header.tensors[ROPE_FREQS]
+    stored = header.raw(ROPE_FREQS).view(np.float32) if entry.kind == "F32" else np.empty(0)
+    try:
+        for found in [json.loads(header.metadata[SCALING])] if SCALING in header.metadata else LLAMA3:
+            divisors = rope_divisors({**found, "rope_theta": theta}, width)
+            if stored.shape == divisors.shape and np.allclose(stored, divisors, rtol=1e-5):
+                return {**found}
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise Corrupt(f"{header.path} is damaged: its {SCALING} is {header.metadata[SCALING]!r}") from error
+    raise Unsupported(f"{header.path}: its {ROPE_FREQS} is none of Llama 3's released scalings")
 
 
 def expected(arch: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -36,6 +36,7 @@ SPLITS: dict[str, tuple[tuple[str, ...], bool]] = {
     "qwen2": ((QWEN2,), False),
     "tekken": ((TEKKEN,), True),
 }
+NOTES = {"tekken": "llama.cpp splits words with accents or other scripts a little differently from this tokenizer"}
 SAME = {
     "llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "smaug-bpe": "dbrx", "starcoder": "smollm",
     "refact": "smollm", "command-r": "smollm", "exaone": "smollm", "deepseek-r1-qwen": "qwen2", "phi-2": "gpt-2",
@@ -169,6 +170,8 @@ def _byte_level(made: Vocabulary, parts: list[dict[str, Any]], model: dict[str, 
             "llama.cpp has no name known here for how this tokenizer splits text: text may become other tokens there "
             "(token ids given by wherry are not affected)"
         )
+    elif made.pre in NOTES:
+        made.notes.append(NOTES[made.pre])
     normalizer = (data.get("normalizer") or {}).get("type")
     if normalizer:
         made.notes.append(f"the tokenizer normalizes text ({normalizer}), llama.cpp does not: rare letters may differ")

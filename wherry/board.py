@@ -10,14 +10,17 @@ from wherry.report import Report
 
 def render(report: Report) -> list[RenderableType]:
     """The parts to print, one under the other: measures by place, failed checks, remarks by number, the verdict."""
-    page, parts = Page(report), []
+    page = Page(report)
+    parts: list[RenderableType] = []
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for place in page.places:
         table.add_column(place, justify="right")
     for _, lines in page.table():
-        for label, found in lines:
-            table.add_row(label, *["" if i is None else _cell(page, i) for i in found])
+        for label, unit, found in lines:
+            table.add_row(
+                f"{label}, {unit}" if unit else label, *["" if i is None else _cell(page, i, unit) for i in found]
+            )
     if page.places:
         parts.append(table)
     failed = [row for row in report if row.what.startswith("check: ") and row.value is False]
@@ -35,9 +38,15 @@ def render(report: Report) -> list[RenderableType]:
     return parts
 
 
-def _cell(page: Page, i: int) -> str:
+def _cell(page: Page, i: int, unit: str) -> str:
     figure, ends = page.value(i), page.ends(i)
-    text = f"{figure.text} {figure.unit}".strip() if page.rows[i].value is not None else "not measured"
+    text = (
+        figure.text
+        if figure.unit == unit
+        else f"{figure.text} {figure.unit}".strip()
+        if page.rows[i].value is not None
+        else "not measured"
+    )
     return text + (f"\n[{ends[0].text}, {ends[1].text}]" if ends else "")
 
 

@@ -110,6 +110,25 @@ def realistic(layers: int = 30, failing: bool = False) -> Report:
     return report
 
 
+def encoder() -> Report:
+    """Rows of an encoder's run: correlations instead of perplexity, small changes with a sign."""
+    report = Report("MiniLM -> out")
+    for where, size, rate, late in (("original", 90_868_376, 59.3, 0.0446), ("onnx", 24_960_210, 1069.5, 0.0245)):
+        report.add("bytes", where, size, "B")
+        report.add("spearman", where, 0.9029, "", 0.8722, 0.9282, "200 pairs; 95% bootstrap interval")
+        report.add("sentences", where, rate, "sentences/s", rate * 0.9, rate * 1.1, "batches of 8, 7.2 words each")
+        report.add("latency", where, late, "s", late * 0.9, late * 1.3)
+    report.add("spearman difference", "onnx", -0.002714, "", -0.00781, 0.00113, "to original")
+    report.add("embedding agreement", "onnx", 0.99334, "", 0.99318, 0.99351)
+    for layer in range(6):
+        for kind in ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"):
+            report.add("weight error", f"encoder.layer.{layer}.{kind}.weight", 0.0074 + 0.002 * layer)
+    report.add("made with: data", "", "ab12" * 16)
+    report.add("check: finite outputs", "onnx", True, note="every embedding")
+    report.add("verdict", "", "PASS", note="1 checks passed")
+    return report
+
+
 class Texts(HTMLParser):
     """(text, attributes of the nearest element with data-row) of every visible text; and all attributes."""
 
@@ -180,6 +199,13 @@ def test_every_figure_is_traced_to_report_json(tmp_path, failing):
     html = page.render(Report.load(tmp_path / "report.json"))
     assert trace(html, rows) > 1000
     assert page.render(report) == html
+
+
+def test_an_encoders_page_is_traced_too():
+    html = page.render(encoder())
+    assert trace(html, json.loads(encoder().to_json())["rows"]) > 100
+    assert "changed by" in html
+    assert ">-0.0027<" in html
 
 
 def test_the_trace_would_find_a_wrong_figure():

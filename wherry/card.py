@@ -88,13 +88,19 @@ def _plan(page: Page) -> str:
     if not stored:
         return ""
     lines = ["## How it is stored\n"]
-    lines += [f"- {page.value(i).text} tensors as `{page.rows[i].where}` ({page.rows[i].note})" for i in stored]
-    lines += [f"- {page.value(i).text} tensors left as they are: {page.rows[i].where}" for i in left]
+    lines += [
+        f"- {page.value(i).text} {_tensors(page, i)} as `{page.rows[i].where}` ({page.rows[i].note})" for i in stored
+    ]
+    lines += [f"- {page.value(i).text} {_tensors(page, i)} left alone: {page.rows[i].where}" for i in left]
     errors = [row for row in page.rows if row.what == "weight error" and isinstance(row.value, float)]
     if errors:
         worst = max(errors, key=lambda row: float(row.value or 0))
         lines.append(f"- largest error of a weight: {_percent(worst)}, `{worst.where}`")
     return "\n".join(lines) + "\n"
+
+
+def _tensors(page: Page, i: int) -> str:
+    return "tensor" if page.rows[i].value == 1 else "tensors"
 
 
 def _percent(row: Row) -> str:

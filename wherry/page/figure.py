@@ -39,7 +39,7 @@ def number(x: float, unit: str, like: float | None = None) -> tuple[str, str]:
     if unit == "B":
         for name, scale in SCALES:
             if size >= scale:
-                return f"{x / scale:.3g}" if size / scale < 100 else f"{x / scale:,.0f}", name
+                return f"{x / scale:,.{2 if size < 10 * scale else 1 if size < 100 * scale else 0}f}", name
         return f"{x:,.0f}", "B"
     if unit.endswith("/s"):
         return (f"{x:,.0f}" if size >= 100 else f"{x:.1f}" if size >= 10 else f"{x:.2f}"), unit

@@ -197,7 +197,8 @@ def test_the_configuration_survives_the_round_trip(tiny_llama: Path, tmp_path: P
     after = Checkpoint.open(save(before, tmp_path / "out").main)
     keys = (
         "architectures", "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "vocab_size", "tie_word_embeddings",
+        "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "vocab_size",
+        "tie_word_embeddings",
         "bos_token_id", "eos_token_id",
     )  # fmt: skip
     assert {k: after.config[k] for k in keys} == {k: before.config[k] for k in keys}
@@ -291,8 +292,9 @@ def test_notes_say_what_saves_no_bytes(tiny_llama: Path) -> None:
 # ---- tokenizers
 
 CHECK = (  # the kinds of text that tell splits apart, after the test string of llama.cpp's converter
-    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶‍🌫️ (multiple emojis concatenated) ✅ 🦙🦙 3 33 333 3333 "
-    "33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ ------======= нещо на "
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶‍🌫️ (multiple emojis concatenated) ✅ "
+    "🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 "
+    "កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ ------======= нещо на "
     "Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make "
     "it, 'D you like some tea? We'Ve a'lL  trailing   "
 )
@@ -497,16 +499,17 @@ def small(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(path: Path) -> str:
-    """ "" when a file opens and all its tensors are read, else the message of the one kind of error that may come."""
+    """An empty string when a file opens and all its tensors are read, else the message of the errors that may come."""
+    message = ""
     try:
         checkpoint = Checkpoint.open(path)
         for name in checkpoint.names():
             checkpoint.tensor(name)
-    except (errors.Corrupt, errors.Unsupported) as error:
-        assert str(path) in str(error)
-        assert len(str(error).splitlines()) <= 3
-        return str(error)
-    return ""
+    except (errors.Corrupt, errors.Unsupported) as caught:
+        message = str(caught)
+    assert not message or str(path) in message
+    assert len(message.splitlines()) <= 3
+    return message
 
 
 @QUIET

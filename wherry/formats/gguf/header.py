@@ -63,7 +63,7 @@ class Header:
             try:
                 self._read()
             except UnicodeDecodeError as error:
-                raise self._bad(f"a name in its header is not UTF-8 ({error.reason})") from error
+                raise self._bad(f"a text in its header is not UTF-8 ({error.reason})") from error
             del self._file
         self.digest = self._hash.hexdigest()
         del self._hash
@@ -151,7 +151,7 @@ class Header:
         if kind in SCALARS:
             return self._number(SCALARS[kind])
         if kind == STRING:
-            return self._take(self._number("Q")).decode("utf8", errors="replace")
+            return self._string()
         if kind != ARRAY:
             raise self._bad(f"the value of {key!r} has the unknown type {kind}")
         inner, count = self._number("I"), self._number("Q")

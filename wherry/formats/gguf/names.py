@@ -157,7 +157,7 @@ def metadata_of(arch: str, config: dict[str, Any], vocabulary: int) -> dict[str,
 
 
 def shape_of(header: Header) -> dict[str, Any]:
-    """The counts and widths of a configuration, from a file's metadata.
+    """The numbers of a configuration that a runtime divides by or counts with, from a file's metadata.
 
     Raises:
         Unsupported: another architecture.
@@ -178,6 +178,14 @@ def shape_of(header: Header) -> dict[str, Any]:
         or config["num_attention_heads"] % config["num_key_value_heads"]
     ):
         raise Corrupt(f"{header.path} is damaged: its heads are {heads(config)} (query, key, width)")
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if header.metadata.get(f"{header.arch}.{key}", config["head_dim"]) != config["head_dim"]:
+            raise Corrupt(
+                f"{header.path} is damaged: {header.arch}.{key} is not {config['head_dim']}, its width of a head"
+            )
+    config["rms_norm_eps"] = shortest(_number(header, "attention.layer_norm_rms_epsilon", float))
+    stated = f"{header.arch}.rope.freq_base" in header.metadata
+    config["rope_theta"] = shortest(_number(header, "rope.freq_base", float)) if stated else 10000.0
     if "token_embd.weight" not in header.tensors:
         raise Corrupt(f"{header.path} is damaged: it has no token_embd.weight")
     config["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
@@ -194,10 +202,7 @@ def config_of(header: Header) -> dict[str, Any]:
     config, data, tensors = shape_of(header), header.metadata, header.tensors
     arch = ARCHS[header.arch]
     config |= {"architectures": [arch.classes[0]], "model_type": arch.model_type, "hidden_act": "silu"}
-    config["rms_norm_eps"] = shortest(_number(header, "attention.layer_norm_rms_epsilon", float))
-    stated = f"{header.arch}.rope.freq_base" in data
-    theta = shortest(_number(header, "rope.freq_base", float)) if stated else 10000.0
-    config["rope_theta"], config["rope_scaling"] = theta, _scaling(header, theta, config["head_dim"])
+    config["rope_scaling"] = _scaling(header, config["rope_theta"], config["head_dim"])
     config["tie_word_embeddings"] = "output.weight" not in tensors
     config["attention_bias"] = "blk.0.attn_q.bias" in tensors
     config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
@@ -208,10 +213,10 @@ def config_of(header: Header) -> dict[str, Any]:
 
 
 def _number(header: Header, key: str, kind: type = int) -> Any:
-    value = header.metadata.get(f"{header.arch}.{key}")
-    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise Corrupt(f"{header.path} is damaged: {header.arch}.{key} is {value!r}")
-    return value
+    value: Any = header.metadata.get(f"{header.arch}.{key}")
+    if type(value) is kind and 0 < value < math.inf:  # type: ignore[operator]
+        return value
+    raise Corrupt(f"{header.path} is damaged: {header.arch}.{key} is {value!r}")
 
 
 def _scaling(header: Header, theta: float, width: int) -> dict[str, Any] | None:

@@ -213,6 +213,23 @@ def _adds_bos(files: TokenizerFiles, special: dict[str, int]) -> bool:
     return False
 
 
+def check(header: Header) -> None:
+    """Raises Corrupt where the vocabulary contradicts itself, which llama.cpp answers by aborting the process."""
+    data = header.metadata
+    tokens = data.get("tokenizer.ggml.tokens", [])
+    seen = {str(token).partition("\0")[0] for token in tokens} if isinstance(tokens, list) else set()
+    if len(seen) != len(tokens):  # as C reads them: up to a NUL
+        raise Corrupt(f"{header.path} is damaged: a token is in its vocabulary twice")
+    for key in ("token_type", "scores"):
+        values = data.get(f"tokenizer.ggml.{key}", tokens)
+        if not isinstance(values, list) or len(values) != len(tokens):
+            raise Corrupt(f"{header.path} is damaged: tokenizer.ggml.{key} does not have one entry for each token")
+    for key, value in data.items():
+        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
+            if not isinstance(value, int) or not 0 <= value < len(tokens):
+                raise Corrupt(f"{header.path} is damaged: {key} is {value!r} of {len(tokens)} tokens")
+
+
 def tokenizer_files(header: Header) -> dict[str, dict[str, Any]]:
     """{file name: content} of the Hugging Face tokenizer that a GGUF file describes.
 
@@ -225,17 +242,14 @@ def tokenizer_files(header: Header) -> dict[str, dict[str, Any]]:
     kind = data.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama") or not tokens:
         raise Unsupported(f"{header.path}: a vocabulary of the kind '{kind}' is not read here; gpt2 and llama are")
+    check(header)
     types = data.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     scores = data.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
-    if len(types) != len(tokens) or len(scores) != len(tokens):
-        raise Corrupt(f"{header.path} is damaged: {len(tokens)} tokens, {len(types)} types, {len(scores)} scores")
-    special = {}
-    for name, own in (*SPECIAL.items(), ("eot", "eot")):
-        i = data.get(f"tokenizer.ggml.{own}_token_id")
-        if i is not None and not 0 <= i < len(tokens):
-            raise Corrupt(f"{header.path} is damaged: its {name} token is {i} of {len(tokens)}")
-        if i is not None:
-            special[name] = i
+    special = {
+        name: data[f"tokenizer.ggml.{own}_token_id"]
+        for name, own in (*SPECIAL.items(), ("eot", "eot"))
+        if f"tokenizer.ggml.{own}_token_id" in data
+    }
     added = [
         {"id": i, "content": text, "special": t != USER}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

@@ -12,6 +12,7 @@ import xllamacpp
 
 from wherry.artifact import Artifact
 from wherry.errors import BadInput, Unsupported
+from wherry.formats.gguf import vocabulary
 from wherry.formats.gguf.header import Header
 from wherry.formats.gguf.names import ARCHS, check_shapes, shape_of
 from wherry.session import Session
@@ -62,7 +63,8 @@ def load(artifact: Artifact, device: str = "cpu", threads: int = 0, context: int
     if api not in ("auto", "direct", "server"):
         raise BadInput(f"api={api}: it is auto, direct or server")
     header = Header(artifact.main)
-    if header.arch in ARCHS:  # what llama.cpp would only find by aborting the process
+    vocabulary.check(header)  # what llama.cpp would only find by aborting the process
+    if header.arch in ARCHS:
         check_shapes(header, shape_of(header))
     most = int(header.metadata.get(f"{header.arch}.context_length", 0))
     context = context or min(most or CONTEXT, CONTEXT)

@@ -41,7 +41,10 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "[PAD]"]
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=512,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([shipped("calibration").read_text(encoding="utf8")[:20000]], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -52,7 +55,9 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def write_llama(folder: Path, layers: int = 2, hidden: int = 64, tied: bool = True, seed: int = 0, **extra: object) -> Path:
+def write_llama(
+    folder: Path, layers: int = 2, hidden: int = 64, tied: bool = True, seed: int = 0, **extra: object
+) -> Path:
     """A random LlamaForCausalLM with grouped-query attention, sharpened so that its logits are not flat."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -29,7 +29,9 @@ def test_round_trip_through_their_classes(name: str) -> None:
 
 
 def test_what_they_cannot_say_is_an_error() -> None:
-    q4_k = Scheme(4, grain=Group(32), symmetric=False, scale=Scheme(6, grain=Group(8)), minimum=Scheme(6, grain=Group(8)))
+    q4_k = Scheme(
+        4, grain=Group(32), symmetric=False, scale=Scheme(6, grain=Group(8)), minimum=Scheme(6, grain=Group(8))
+    )
     with pytest.raises(Unsupported, match="cannot say"):
         q4_k.to_compressed_tensors()
 

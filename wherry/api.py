@@ -1,4 +1,4 @@
-"""The verbs: inspect, plan, compress, export, verify, evaluate, compare, measure, serve, chat. The one file that knows all."""
+"""The verbs: inspect, plan, compress, export, verify, evaluate, compare, measure, serve, chat."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,14 +7,13 @@ from typing import Any
 
 from wherry import data, shelf
 from wherry.artifact import MANIFEST, Artifact
-from wherry.choose import able, artifacts, measured, open_session
-from wherry.errors import BadInput, Missing
+from wherry.choose import able, artifacts, open_session
+from wherry.errors import BadInput, Error
 from wherry.report import Report
 
 Progress = Callable[[int, int, str], None]
 Say = Callable[[str], None]
 SAMPLES, LENGTH, SEED = 64, 512, 0
-RUNTIME_OF = {"compressed_tensors": "torch", "safetensors": "torch", "gguf": "llamacpp", "onnx": "onnxruntime"}
 
 
 def quiet(done: int, total: int, text: str) -> None:
@@ -75,9 +74,7 @@ def inspect(model: str | Path, target: str | None = None) -> Report:
         try:
             notes = shelf.find("formats", target).check(made)
             report.add("target", target, True, note=f"can hold {made.recipe}; {len(notes)} notes")
-        except Exception as error:
-            if not hasattr(error, "code"):
-                raise
+        except Error as error:
             report.add("target", target, False, note=str(error))
     return report
 
@@ -172,7 +169,8 @@ def compress(
         wherry.Error: before any work where it can be known; nothing is left behind.
     """
     from wherry.deliver import deliver
-    from wherry.describe import write
+    from wherry.describe import sizes, write
+    from wherry.prove import prove_folder
 
     if device != "cpu":
         raise BadInput(f"--device {device}: this version compresses on the CPU; leave --device away")
@@ -184,65 +182,12 @@ def compress(
     report = Report(f"{made.checkpoint.name} -> {out.name}")
 
     def describe(result: Path) -> None:
-        _sizes(report, made, result)
-        report.extend(_prove_folder(result, made.checkpoint, judged, bool(formats), progress))
+        report.extend(sizes(made, result))
+        report.extend(prove_folder(result, made.checkpoint, judged, bool(formats), progress))
         write(result, out, report, stamp)
 
     deliver(made, out, formats, batches, stamp | {"judged": judged.digest if judged else None}, describe, progress)
     return report if report.rows else Report.load(out / "report.json")
-
-
-def _sizes(report: Report, made: Any, result: Path) -> None:
-    report.add("recipe", "", str(made.recipe))
-    report.add("parameters", "original", made.checkpoint.params)
-    report.add("bytes", "original", made.checkpoint.source.bytes(), "B")
-    for artifact in artifacts(result):
-        weights = sum(entry["bytes"] for name, entry in artifact.manifest["files"].items() if _is_weights(name))
-        where = _where(artifact, result)
-        report.add("bytes", where, weights, "B", note="weight files")
-        report.add("bits per parameter", where, 8 * weights / made.checkpoint.params, "bits")
-    for row in Artifact.open(result).manifest["plan"]:
-        if row["scheme"]:
-            report.add("weight error", row["name"], row["error"], note=f"{row['scheme']}; relative, root mean square")
-        for note in row["notes"]:
-            report.add("note", row["name"], note)
-
-
-def _is_weights(name: str) -> bool:
-    return name.endswith((".safetensors", ".gguf", ".onnx", ".data"))
-
-
-def _where(artifact: Artifact, root: Path) -> str:
-    return "checkpoint" if artifact.path == root else artifact.path.name
-
-
-def _prove_folder(root: Path, original: Any, judged: data.Data | None, full: bool, progress: Progress) -> Report:
-    """Prove a delivered folder. Without exports: structure only, which has the same result at every run."""
-    from wherry.evaluate import proof
-    from wherry.prove import Item, prove
-
-    items = [Item(a, RUNTIME_OF[a.format], _where(a, root)) for a in artifacts(root)]
-    if full:
-        report = prove(items, original, judged, progress=progress)
-        report.rows += [replace(row, where="original") for row in _time_original(original)]
-        return report
-    artifact = items[0].artifact
-    decoded = shelf.find("formats", artifact.format).decode(artifact)
-    report = proof.structure(
-        artifact, decoded, lambda name: original.weight(name).numpy(), "checkpoint", allowed=set(original.names()), progress=progress
-    )
-    return proof.conclude(report.extend(proof.same_task(artifact.task, original.task, None, "checkpoint")))
-
-
-def _time_original(original: Any) -> list[Any]:
-    if not (original.path / "config.json").exists() or original.config.get("quantization_config"):
-        return []
-    try:
-        artifact = shelf.find("runtimes", "torch").wrap(original.path)
-    except Missing:  # a GGUF file's side files without weights: there is no float original on disk to time
-        return []
-    note = "torch, float32: slow on some CPUs; ONNX Runtime float32 is the fairer baseline"
-    return [replace(row, note=note) for row in measured(artifact, "torch", "original")]
 
 
 def export(checkpoint: str | Path, out: str | Path, format: str, progress: Progress = quiet) -> Report:
@@ -288,19 +233,23 @@ def verify(
         progress: called as progress(done, total, text).
     """
     from wherry.checkpoint import Checkpoint
-    from wherry.prove import Item, prove
+    from wherry.prove import item, prove
 
     original = Checkpoint.open(against) if against else None
     source = data.read(data_file) if data_file else None
     found = artifacts(artifact)
-    root = Path(artifact)
     if runtime != "auto":
         found = [a for a, _ in able(artifact, runtime)]
-    items = [Item(a, RUNTIME_OF[a.format] if runtime == "auto" else runtime, _where(a, root)) for a in found]
+    items = [item(a, Path(artifact), runtime) for a in found]
     report = prove(items, original, source, speed, progress)
     report.title = f"proof of {artifact}"
     if original is None:
-        report.rows.insert(0, replace(report.rows[0], what="against", where="", value=None, note="no --against: not compared with an original"))
+        report.rows.insert(
+            0,
+            replace(
+                report.rows[0], what="against", where="", value=None, note="no --against: not compared with an original"
+            ),
+        )
     return report
 
 
@@ -320,7 +269,9 @@ def evaluate(
         else:
             source = data.read(data_file or data.shipped("pairs"))
             if not source.pairs:
-                raise BadInput(f"{source.name} holds no sentence pairs: a .csv or .tsv of sentence, sentence, score is wanted")
+                raise BadInput(
+                    f"{source.name} holds no sentence pairs: a .csv or .tsv of sentence, sentence, score is wanted"
+                )
             report.extend(similarity.measure(session, task, source.pairs, artifact.name, progress=progress)[1])
     finally:
         session.close()
@@ -382,7 +333,9 @@ def measure(artifact: str | Path, runtime: str = "auto", threads: int = 0, progr
     return report
 
 
-def serve(artifact: str | Path, host: str = "127.0.0.1", port: int = 8000, runtime: str = "auto", threads: int = 0) -> None:
+def serve(
+    artifact: str | Path, host: str = "127.0.0.1", port: int = 8000, runtime: str = "auto", threads: int = 0
+) -> None:
     """Serve an artifact until Ctrl-C or SIGTERM: OpenAI-compatible API, metrics, and a page at /."""
     from wherry.serve.app import create_app
     from wherry.serve.listen import check_port, run

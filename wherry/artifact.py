@@ -79,7 +79,9 @@ class Artifact:
             raise Missing(f"no such artifact: {path}")
         file = path / MANIFEST
         if not file.exists():
-            raise Missing(f"{path} has no {MANIFEST}: not an artifact of wherry.\nMake one: wherry export {path} -o OUT")
+            raise Missing(
+                f"{path} has no {MANIFEST}: not an artifact of wherry.\nMake one: wherry export {path} -o OUT"
+            )
         try:
             manifest = json.loads(file.read_text(encoding="utf8"))
             names = [manifest["main"], *manifest["files"]]

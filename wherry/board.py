@@ -1,11 +1,19 @@
-"""Board: the end of a run in the terminal: one table that fits 100 columns, what failed, and the verdict."""
+"""Board: what the terminal shows: one progress display per run, tables of rows, and the summary at the end."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from wherry.page import Page
 from wherry.report import Report
+
+out = Console(width=None if sys.stdout.isatty() else 100)
+err = Console(stderr=True)
 
 
 def render(report: Report) -> list[RenderableType]:
@@ -50,7 +58,47 @@ def _cell(page: Page, i: int, unit: str) -> str:
     return text + (f"\n[{ends[0].text}, {ends[1].text}]" if ends else "")
 
 
-def show(report: Report, console: Console) -> None:
-    """Print them."""
+def summary(report: Report) -> None:
+    """Print the parts of `render`."""
     for part in render(report):
-        console.print(part, highlight=False)
+        out.print(part, highlight=False)
+
+
+@contextmanager
+def bar() -> Iterator[Callable[[int, int, str], None]]:
+    """One progress display on standard error, with time left; plain lines when there is no terminal."""
+    if not err.is_terminal:
+        last: list[str] = [""]
+
+        def line(done: int, total: int, text: str) -> None:
+            key = text.split(".")[0]
+            if text and (key != last[0] or done == total):
+                last[0] = key
+                print(f"{done}/{total} {text}", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err) as shown:
+        current = shown.add_task("")
+
+        def update(done: int, total: int, text: str) -> None:
+            shown.update(current, completed=done, total=total, description=f"{text:32.32}")
+
+        yield update
+
+
+def show(report: Report, as_json: bool) -> None:
+    """Print a report as a table, or as JSON rows."""
+    if as_json:
+        sys.stdout.write(report.to_json())
+        return
+    table = Table(title=report.title or None, title_justify="left", box=None, pad_edge=False)
+    table.add_column("what")
+    table.add_column("where")
+    table.add_column("value", justify="right")
+    table.add_column("note", overflow="fold")
+    for row in report:
+        value = "" if row.value is None else row.text()
+        table.add_row(row.what, row.where, value, row.note)
+    out.print(table)

@@ -47,7 +47,9 @@ def able(path: Path | str, runtime: str = "auto") -> list[tuple[Artifact, str]]:
     if not pairs:
         formats = ", ".join(artifact.format for artifact in here)
         if absent:
-            raise Missing(f"no installed runtime runs {path} ({formats}).\nInstall one: {' or '.join(dict.fromkeys(absent))}")
+            raise Missing(
+                f"no installed runtime runs {path} ({formats}).\nInstall one: {' or '.join(dict.fromkeys(absent))}"
+            )
         raise Unsupported(f"{runtime} does not run {path} ({formats})")
     return pairs
 
@@ -106,9 +108,22 @@ def open_session(path: Path | str, runtime: str = "auto", threads: int = 0) -> t
 def measured(artifact: Artifact, runtime: str, where: str, threads: int = 0, timeout_s: int = 1200) -> Report:
     """Speed and peak memory of one artifact on one runtime, in a fresh process, so that peaks do not mix."""
     path = artifact.main if artifact.format == "gguf" and not (artifact.path / MANIFEST).exists() else artifact.path
-    command = [sys.executable, "-m", "wherry", "measure", str(path), "--runtime", runtime, "--threads", str(threads), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "wherry",
+        "measure",
+        str(path),
+        "--runtime",
+        runtime,
+        "--threads",
+        str(threads),
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
     if done.returncode:
-        raise BadInput(f"measuring {where} on {runtime} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        raise BadInput(
+            f"measuring {where} on {runtime} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}"
+        )
     found = Report.from_json(done.stdout, "the measuring process")
     return Report(found.title, [replace(row, where=where) for row in found])

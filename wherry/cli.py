@@ -2,8 +2,6 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +9,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave t
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from wherry import __version__, shelf
+from wherry import __version__, board
+from wherry.board import bar, err, show
 from wherry.errors import Error
 from wherry.report import Report
 
@@ -24,20 +20,22 @@ app = typer.Typer(
     help="Compress a trained model, prove it on the runtime that will run it, export it, serve it.",
     epilog="First use: wherry compress MODEL -o OUT --format gguf, then wherry serve OUT",
 )  # fmt: skip
-out = Console(width=None if sys.stdout.isatty() else 100)
-err = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="A folder with config.json, a .gguf file, or a hub id.", show_default=False)]
 ArtifactPath = Annotated[Path, typer.Argument(help="A folder that wherry wrote, or a .gguf file.", show_default=False)]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to make; it must not exist.", show_default=False)]
 RecipeText = Annotated[
     str | None,
-    typer.Option("--recipe", help='"METHOD:knob=value,..." (several joined by " | "), or a YAML file.', show_default=False),
+    typer.Option(
+        "--recipe", help='"METHOD:knob=value,..." (several joined by " | "), or a YAML file.', show_default=False
+    ),
 ]
 DataFile = Annotated[
     Path | None, typer.Option("--data", help="Text (.txt .jsonl .csv .tsv) or token ids (.npy).", show_default=False)
 ]
-Runtime = Annotated[str, typer.Option("--runtime", help="A name of `wherry list runtimes`, or auto: the fastest, measured.")]
+Runtime = Annotated[
+    str, typer.Option("--runtime", help="A name of `wherry list runtimes`, or auto: the fastest, measured.")
+]
 Threads = Annotated[int, typer.Option("--threads", help="0 = all cores.")]
 Json = Annotated[bool, typer.Option("--json", help="Print rows of what, where, value, unit as JSON, and nothing else.")]
 
@@ -54,55 +52,12 @@ def options(
         raise typer.Exit
 
 
-@contextmanager
-def bar() -> Iterator[Any]:
-    """One progress display on standard error, with time left; plain lines when there is no terminal."""
-    if not err.is_terminal:
-        last: list[str] = [""]
-
-        def line(done: int, total: int, text: str) -> None:
-            key = text.split(".")[0]
-            if text and (key != last[0] or done == total):
-                last[0] = key
-                print(f"{done}/{total} {text}", file=sys.stderr, flush=True)
-
-        yield line
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err) as shown:
-        current = shown.add_task("")
-
-        def update(done: int, total: int, text: str) -> None:
-            shown.update(current, completed=done, total=total, description=f"{text:32.32}")
-
-        yield update
-
-
-def show(report: Report, as_json: bool) -> None:
-    """Print a report as a table, or as JSON rows."""
-
-    if as_json:
-        sys.stdout.write(report.to_json())
-        return
-    table = Table(title=report.title or None, title_justify="left", box=None, pad_edge=False)
-    table.add_column("what")
-    table.add_column("where")
-    table.add_column("value", justify="right")
-    table.add_column("note", overflow="fold")
-    for row in report:
-        value = "" if row.value is None else row.text()
-        table.add_row(row.what, row.where, value, row.note)
-    out.print(table)
-
-
 def judge(report: Report, as_json: bool) -> None:
     """Show a report with a verdict; exit with 1 when it failed."""
     if as_json:
         show(report, as_json)
     else:
-        from wherry import board
-
-        board.show(report, out)
+        board.summary(report)
     verdict = report.get("verdict")
     if verdict and verdict.value != "PASS":
         raise typer.Exit(1)
@@ -111,7 +66,9 @@ def judge(report: Report, as_json: bool) -> None:
 @app.command()
 def inspect(
     model: Model,
-    target: Annotated[str | None, typer.Option(help="A format: say which tensors it can hold.", show_default=False)] = None,
+    target: Annotated[
+        str | None, typer.Option(help="A format: say which tensors it can hold.", show_default=False)
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say what a model is: architecture, task, parameters, bytes, tensors."""
@@ -127,7 +84,9 @@ def compress(
     recipe: RecipeText = None,
     format: Annotated[str, typer.Option(help="Also export: gguf, onnx; several joined by commas.")] = "",
     data: DataFile = None,
-    evaluation: Annotated[Path | None, typer.Option(help="Data to judge on, apart from --data.", show_default=False)] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="Data to judge on, apart from --data.", show_default=False)
+    ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     seed: Annotated[int, typer.Option(help="How windows are drawn.")] = 0,
@@ -184,7 +143,9 @@ def export(
 @app.command()
 def verify(
     artifact: ArtifactPath,
-    against: Annotated[str | None, typer.Option(help="The original model, to compare with.", show_default=False)] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The original model, to compare with.", show_default=False)
+    ] = None,
     data: DataFile = None,
     runtime: Runtime = "auto",
     json: Json = False,
@@ -273,7 +234,9 @@ def doctor(json: Json = False) -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("-o", "--out", help="Where to work; a finished step is not done again.")] = Path("demo-out"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where to work; a finished step is not done again.")] = Path(
+        "demo-out"
+    ),
     port: Annotated[int, typer.Option(help="Port of the server; 0 = any free one.")] = 8000,
 ) -> None:
     """Compress two real models, prove them, serve one: everything at once."""
@@ -305,15 +268,14 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(0)
     except Exception as error:
-        if debug or type(error).__module__.split(".")[0] not in ("click", "typer"):
-            if debug:
-                raise
-            kind = type(error).__name__
-            err.print(f"error: {kind}: {error}\nThis is a fault of wherry; `wherry --debug ...` shows where.", markup=False)
-            sys.exit(1)
-        message = getattr(error, "format_message", lambda: str(error))()
-        err.print(f"error: {message}\nwherry {' '.join(sys.argv[1:2])} --help says more.", markup=False, highlight=False)
-        sys.exit(2)
+        if debug:
+            raise
+        if type(error).__module__.split(".")[0] in ("click", "typer"):
+            said, hint, code = error.format_message(), f"wherry {' '.join(sys.argv[1:2])} --help says more.", 2  # type: ignore[attr-defined]
+        else:
+            said, hint, code = f"{type(error).__name__}: {error}", "This is a fault of wherry; --debug shows where.", 1
+        err.print(f"error: {said}\n{hint}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(code)
 
 
 if __name__ == "__main__":

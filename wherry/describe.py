@@ -6,7 +6,28 @@ from typing import Any
 from wherry import card, page, shelf
 from wherry.artifact import Artifact
 from wherry.choose import artifacts
+from wherry.prove import where
 from wherry.report import Report, write_atomic
+
+WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
+
+
+def sizes(plan: Any, result: Path) -> Report:
+    """Rows of bytes, bits per parameter, the relative error of every weight, and the plan's remarks."""
+    report, params = Report(), plan.checkpoint.params
+    report.add("recipe", "", str(plan.recipe))
+    report.add("parameters", "original", params)
+    report.add("bytes", "original", plan.checkpoint.source.bytes(), "B")
+    for artifact in artifacts(result):
+        size = sum(entry["bytes"] for name, entry in artifact.manifest["files"].items() if name.endswith(WEIGHTS))
+        report.add("bytes", where(artifact, result), size, "B", note="weight files")
+        report.add("bits per parameter", where(artifact, result), 8 * size / params, "bits")
+    for row in Artifact.open(result).manifest["plan"]:
+        if row["scheme"]:
+            report.add("weight error", row["name"], row["error"], note=f"{row['scheme']}; relative, root mean square")
+        for note in row["notes"]:
+            report.add("note", row["name"], note)
+    return report
 
 
 def write(result: Path, out: Path, report: Report, stamp: dict[str, Any]) -> None:

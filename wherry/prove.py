@@ -1,16 +1,17 @@
-"""Prove: reload artifacts from disk on the runtimes that will run them, check every tensor, measure against the original."""
+"""Prove: reload artifacts on the runtimes that will run them, check every tensor, measure against the original."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from wherry import data, shelf
 from wherry.artifact import Artifact
-from wherry.choose import measured
-from wherry.errors import BadInput
+from wherry.choose import artifacts, measured
+from wherry.errors import BadInput, Missing
 from wherry.evaluate import drift, proof, similarity
 from wherry.report import Report
 from wherry.session import GRADES, Sampling, Session
@@ -19,6 +20,8 @@ Progress = Callable[[int, int, str], None]
 WINDOWS, LENGTH = 8, 256  # of the evaluation text: 2040 predictions
 SAMPLE = "What is the capital of France?"
 CHECKPOINT = "checkpoint"
+LOSS = 0.05  # of Spearman's correlation: it is still this model; a promise of quality is the user's to set
+RUNTIME_OF = {"compressed_tensors": "torch", "safetensors": "torch", "gguf": "llamacpp", "onnx": "onnxruntime"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ def prove(
     items: Sequence[Item],
     original: Any = None,
     source: data.Data | None = None,
+    behave: bool = True,
     speed: bool = True,
     progress: Progress = lambda done, total, text: None,
 ) -> Report:
@@ -44,7 +48,8 @@ def prove(
             is compared with, since all hold the same codes.
         original: the Checkpoint that they were made from, or None: then only structure and finite outputs are proved.
         source: data to judge on; None takes what the package ships.
-        speed: also time each, and the original, in a process of its own.
+        behave: also run each and judge what it says; without it the result is the same at every run.
+        speed: also time each, in a process of its own.
         progress: called as progress(done, total, text).
     """
     report = Report("proof")
@@ -61,6 +66,8 @@ def prove(
         progress(1, 1, "")
         for item in items:  # what is damaged is not run: a bad file can take the runtime down with it
             report.add("check: finite outputs", item.where, None, note="not run: the structure is wrong")
+        return proof.conclude(report)
+    if not behave:
         return proof.conclude(report)
     judge = _text if items[0].artifact.task.kind == "text-generation" else _pairs
     with ExitStack() as stack:
@@ -98,7 +105,8 @@ def _text(
     windows = data.windows(source, task, min(LENGTH, task.max_length), WINDOWS)
     report.add("evaluation data", "", source.name, note=f"{windows.size} tokens, sha256 {source.digest[:16]}")
     scored: dict[str, Any] = {
-        name: drift.record(s, windows.tolist(), progress=progress) if s.grade == "B" else s for name, s in sessions.items()
+        name: drift.record(s, windows.tolist(), progress=progress) if s.grade == "B" else s
+        for name, s in sessions.items()
     }
     if reference is not None:
         report.extend(drift.compare_all(reference, scored, windows.tolist(), progress=progress))
@@ -136,7 +144,9 @@ def _pairs(
         base, rows = similarity.measure(reference, task, source.pairs, "original", progress=progress)
         report.extend(rows)
     for item in items:
-        found, rows = similarity.measure(sessions[item.where], item.artifact.task, source.pairs, item.where, progress=progress)
+        found, rows = similarity.measure(
+            sessions[item.where], item.artifact.task, source.pairs, item.where, progress=progress
+        )
         report.extend(rows)
         finite = bool(np.isfinite(found.embeddings).all())
         report.add("check: finite outputs", item.where, finite, note="every embedding")
@@ -145,7 +155,37 @@ def _pairs(
             row = report.get("spearman difference", item.where)
             if row is not None and row.low is not None:
                 good = row.low >= -LOSS
-                report.add("check: near the original", item.where, good, note=f"Spearman lost at most {LOSS} at the bad end")
+                report.add(
+                    "check: near the original", item.where, good, note=f"Spearman lost at most {LOSS} at the bad end"
+                )
 
 
-LOSS = 0.05  # of Spearman's correlation: it is still this model; a promise of quality is the user's to set
+def where(artifact: Artifact, root: Path) -> str:
+    """What a report calls an artifact: "checkpoint" for the folder itself, else the folder inside of it."""
+    return CHECKPOINT if artifact.path == root and artifact.format in RUNTIME_OF else artifact.path.name
+
+
+def item(artifact: Artifact, root: Path, runtime: str = "auto") -> Item:
+    """An artifact with the named runtime, or with the usual one of its format."""
+    name = (
+        artifact.format if artifact.path == root and artifact.format != "compressed_tensors" else where(artifact, root)
+    )
+    return Item(artifact, RUNTIME_OF[artifact.format] if runtime == "auto" else runtime, name)
+
+
+def prove_folder(root: Path, original: Any, judged: data.Data | None, full: bool, progress: Progress) -> Report:
+    """Prove a delivered folder and all exports in it; `full` also runs and times them, and the original."""
+    report = prove([item(a, root) for a in artifacts(root)], original, judged, full, full, progress)
+    return report.extend(time_original(original)) if full else report
+
+
+def time_original(original: Any) -> Report:
+    """Speed of the float original in torch; nothing where there are no float weights on disk to time."""
+    if not (original.path / "config.json").exists() or original.config.get("quantization_config"):
+        return Report()
+    try:
+        artifact = shelf.find("runtimes", "torch").wrap(original.path)
+    except Missing:  # side files of a GGUF file, without weights
+        return Report()
+    note = "torch, float32: slow on some CPUs; ONNX Runtime float32 is the fairer baseline"
+    return Report("", [replace(row, note=note) for row in measured(artifact, "torch", "original")])

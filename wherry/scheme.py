@@ -192,7 +192,9 @@ class Scheme:
         elif strategy in grains:
             grain = grains[strategy]
         else:
-            raise Unsupported(f"quantization strategy '{strategy}' is not read; tensor, channel, token, group, block are")
+            raise Unsupported(
+                f"quantization strategy '{strategy}' is not read; tensor, channel, token, group, block are"
+            )
         activations = group.get("input_activations")
         return cls(
             bits=args["num_bits"],

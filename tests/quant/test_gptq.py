@@ -2,11 +2,12 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
 from wherry.errors import Diverged
-from wherry.ops.solve import inverse_factor
+from wherry.ops.solve import inverse_factor, refit
 from wherry.quant.gptq import GPTQ, Hessian
 from wherry.quant.rtn import RTN
 from wherry.scheme import Scheme
@@ -16,7 +17,9 @@ S4, S3 = Scheme.parse("W4A16_ASYM,group_size=32"), Scheme.parse("W3A16,group_siz
 
 def correlated(tokens: int, k: int, seed: int = 0) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(tokens, k // 4, generator=g) @ torch.randn(k // 4, k, generator=g) + 0.1 * torch.randn(tokens, k, generator=g)
+    return torch.randn(tokens, k // 4, generator=g) @ torch.randn(k // 4, k, generator=g) + 0.1 * torch.randn(
+        tokens, k, generator=g
+    )
 
 
 def loss(w: torch.Tensor, q: torch.Tensor, x: torch.Tensor) -> float:
@@ -47,7 +50,7 @@ def test_against_the_textbook_loop() -> None:
     """Algorithm 1 written out without blocks, permutation or lazy updates, in float64."""
     torch.manual_seed(3)
     w, x = torch.randn(8, 64).double(), correlated(300, 64).double()
-    method = GPTQ(scheme=Scheme.parse("W4A16_ASYM,group_size=32"), actorder="none", block=16)
+    method = GPTQ(scheme=Scheme.parse("W4A16_ASYM,group_size=32"), actorder="none", block=16, refit=False)
     ours = method.solve(w.float(), method.observe(None, x.float()))
     H = x.T @ x / len(x)
     H += 0.01 * H.diagonal().mean() * torch.eye(64)
@@ -121,6 +124,38 @@ def test_inverse_factor_is_the_cholesky_factor_of_the_inverse() -> None:
     torch.testing.assert_close(U.double().T @ U.double(), torch.linalg.inv(damped), rtol=1e-3, atol=1e-7)
     assert damp == 0.01
     assert (U.tril(-1) == 0).all()
+
+
+def test_refit_is_least_squares_and_never_worse() -> None:
+    """Against numpy's lstsq on the inputs themselves; a row of zeros and a group of zeros keep their scales."""
+    torch.manual_seed(5)
+    w, x = torch.randn(6, 64), correlated(500, 64)
+    q = RTN(scheme=Scheme.parse("W3A16,group_size=16")).solve(w)
+    code = q.code.float()
+    code[4], code[5, :16] = 0, 0
+    old = q.scale * 1.2
+    H = x.T @ x
+    new = refit(w, code, H, old, ridge=0.0, rows=4)
+    for i in range(4):
+        columns = torch.stack([code[i, g : g + 16] @ x[:, g : g + 16].T for g in range(0, 64, 16)], 1)
+        best = np.linalg.lstsq(columns.double().numpy(), (x @ w[i]).double().numpy(), rcond=None)[0]
+        np.testing.assert_allclose(new[i].numpy(), best, rtol=2e-3)
+    pulled = refit(w, code, H, old)
+    assert torch.equal(pulled[4], old[4])
+    assert torch.isclose(pulled[5, 0], old[5, 0], rtol=1e-4)
+    for i in range(6):
+        before, after = (loss(w[i], code[i] * s[i].repeat_interleave(16), x) for s in (old, pulled))
+        assert after <= before * (1 + 1e-6)
+
+
+def test_refit_helps_gptq() -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        w, x = torch.randn(48, 128), correlated(512, 128, seed)
+        stat = GPTQ().observe(None, x)
+        plain, fitted = (GPTQ(scheme=S3, refit=on).solve(w, stat) for on in (False, True))
+        assert torch.equal(plain.code, fitted.code)
+        assert loss(w, fitted.decode(), x) < 0.98 * loss(w, plain.decode(), x)
 
 
 def test_nan_in_the_statistics_is_an_error() -> None:

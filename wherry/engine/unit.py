@@ -39,7 +39,9 @@ def units(plan: Plan) -> list[Unit]:
     """The outside first, then the blocks in order."""
     module = plan.checkpoint.skeleton()
     path = stack(module)
-    count = len(module.get_submodule(path))
+    blocks_there = module.get_submodule(path)
+    assert isinstance(blocks_there, torch.nn.ModuleList)
+    count = len(blocks_there)
     places = plan.checkpoint.places(module)
     home = {weight: parameter for parameter, weight in places.items() if parameter.startswith(f"{path}.")}
     blocks: list[list[PlanRow]] = [[] for _ in range(count)]
@@ -64,7 +66,9 @@ def sound(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_floating_point():
         bad = int((~torch.isfinite(tensor.float())).sum())
         if bad:
-            raise Corrupt(f"{name} holds {bad} value(s) that are NaN or infinite; nothing was written.\nGet the model again.")
+            raise Corrupt(
+                f"{name} holds {bad} value(s) that are NaN or infinite; nothing was written.\nGet the model again."
+            )
     return tensor
 
 
@@ -128,7 +132,9 @@ def assemble(plan: Plan, journal: Journal, done: list[TensorFile], folder: Path)
         tensorfile.write_pieces(folder / INDEX, [json.dumps(index, indent=1).encode()])
     checkpoint = plan.checkpoint
     schemes = {r.name.removesuffix(".weight"): r.scheme for r in plan.rows if r.scheme and r.role == "linear"}
-    left = [r.name.removesuffix(".weight") for r in plan.rows if r.role == "head" or (r.role == "linear" and not r.scheme)]
+    left = [
+        r.name.removesuffix(".weight") for r in plan.rows if r.role == "head" or (r.role == "linear" and not r.scheme)
+    ]
     if checkpoint.tied:
         left.append("lm_head")
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}

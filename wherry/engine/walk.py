@@ -96,10 +96,9 @@ def enter(plan: Plan, module: torch.nn.Module, first: Unit, batches: list[Batch]
     handle = module.get_submodule(path).register_forward_pre_hook(catch, with_kwargs=True)
     for batch in batches:
         inputs = {name: torch.from_numpy(array) for name, array in batch.items()}
-        if plan.task.kind == "text-generation":
-            inputs["use_cache"] = False
+        options = {"use_cache": False} if plan.task.kind == "text-generation" else {}
         try:
-            module(**inputs)
+            module(**inputs, **options)
         except _Reached:
             pass
     handle.remove()
@@ -121,7 +120,9 @@ def settle(
         if row.name in places:
             w = weights[row.name]
             put(module, places[row.name], w.decode() if isinstance(w, QTensor) else w.float())
-    layers = {row.name: module.get_submodule(places[row.name].removesuffix(".weight")) for row in unit.rows if row.scheme}
+    layers = {
+        row.name: module.get_submodule(places[row.name].removesuffix(".weight")) for row in unit.rows if row.scheme
+    }
     watched = {row.name: plan.recipe.steps[row.step] for row in unit.rows if row.scheme}
     results: dict[str, torch.Tensor | QTensor] = dict(weights)
     notes: dict[str, list[str]] = {row.name: [] for row in unit.rows}
@@ -212,9 +213,7 @@ class Watch:
 
 
 @contextmanager
-def watching(
-    layers: dict[str, torch.nn.Module], steps: dict[str, Pass], rows: dict[str, PlanRow]
-) -> Iterator[Watch]:
+def watching(layers: dict[str, torch.nn.Module], steps: dict[str, Pass], rows: dict[str, PlanRow]) -> Iterator[Watch]:
     """Hook the layers while the block runs over the calibration data."""
     watch = Watch()
 

@@ -116,7 +116,11 @@ def patterns(layers: list[str]) -> list[str]:
     sets: dict[tuple[str, ...], list[str]] = {}
     for key, found in numbers.items():
         sets.setdefault(tuple(found), []).append(key)
-    return [key.replace("%", f"({'|'.join(found)})") if found != ("",) else key for found, keys in sets.items() for key in keys]
+    return [
+        key.replace("%", f"({'|'.join(found)})") if found != ("",) else key
+        for found, keys in sets.items()
+        for key in keys
+    ]
 
 
 class Packed:
@@ -126,7 +130,8 @@ class Packed:
         self.plain = Safetensors(folder)
         have = set(self.plain.names())
         groups = [
-            (group["targets"], Scheme.from_compressed_tensors(group)) for group in config.get("config_groups", {}).values()
+            (group["targets"], Scheme.from_compressed_tensors(group))
+            for group in config.get("config_groups", {}).values()
         ]
         ignore = config.get("ignore", [])
         self.schemes: dict[str, Scheme] = {}
@@ -174,7 +179,9 @@ class Packed:
             return encode_by(self.plain.read(name), scheme, self.tables[name], None)
         have = self.plain.where
         scale = self.plain.read(f"{layer}.weight_scale").float()
-        extra = [self.plain.read(n) if n in have else None for n in (f"{layer}.input_scale", f"{layer}.input_zero_point")]
+        extra = [
+            self.plain.read(n) if n in have else None for n in (f"{layer}.input_scale", f"{layer}.input_zero_point")
+        ]
         if scheme.activations is not None:
             return QTensor(scheme, self.plain.read(name), scale, None, *extra)
         rows, k = self.shape(name)
@@ -205,7 +212,12 @@ def load(path: Path) -> Checkpoint:
     """Open a compressed-tensors folder, ours or somebody else's, as a Checkpoint that holds codes."""
     config = json.loads((path / "config.json").read_text(encoding="utf8"))
     checkpoint = Checkpoint(
-        path, config, Task.of(path, config), Packed(path, config["quantization_config"]), path.resolve().name, license_of(path)
+        path,
+        config,
+        Task.of(path, config),
+        Packed(path, config["quantization_config"]),
+        path.resolve().name,
+        license_of(path),
     )
     if (path / MANIFEST).exists():
         manifest = Artifact.open(path).manifest
@@ -221,7 +233,9 @@ def side_files(checkpoint: Checkpoint, out: Path) -> None:
         if (checkpoint.path / name).is_file():
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(checkpoint.path / name, out / name)
-    (out / "task.json").write_text(json.dumps(checkpoint.task.to_dict(), indent=1, sort_keys=True) + "\n", encoding="utf8")
+    (out / "task.json").write_text(
+        json.dumps(checkpoint.task.to_dict(), indent=1, sort_keys=True) + "\n", encoding="utf8"
+    )
 
 
 def save(checkpoint: Checkpoint, out: Path, progress: Progress) -> Artifact:
@@ -265,7 +279,9 @@ def decode(artifact: Artifact) -> Iterator[tuple[str, Any]]:
         group = scheme.to_compressed_tensors()
         form = "int-quantized" if scheme.activations is not None else "pack-quantized"
         state = {
-            part: source.plain.read(f"{layer}.{part}") for part in ("weight", *PARTS) if f"{layer}.{part}" in source.plain.where
+            part: source.plain.read(f"{layer}.{part}")
+            for part in ("weight", *PARTS)
+            if f"{layer}.{part}" in source.plain.where
         }
         state["weight_scale"] = state["weight_scale"].float()
         foreign = QuantizationScheme(targets=["Linear"], **group)
@@ -277,7 +293,7 @@ def command(artifact: Artifact) -> list[str]:
     """Copy-paste lines that load the result."""
     kind = "AutoModelForCausalLM" if artifact.task.kind == "text-generation" else "AutoModel"
     path = artifact.path
-    lines = [f'python -c "from transformers import {kind} as M; m = M.from_pretrained(\'{path}\', dtype=\'float32\')"']
+    lines = [f"python -c \"from transformers import {kind} as M; m = M.from_pretrained('{path}', dtype='float32')\""]
     if artifact.task.kind == "text-generation":
         lines.append(f"vllm serve {path}")
     return [*lines, f"wherry serve {path}"]

@@ -13,6 +13,7 @@ import torch
 
 from wherry import shelf
 from wherry.errors import BadInput, Corrupt, Missing, Unsupported
+from wherry.report import read_object
 from wherry.scheme import QTensor, Scheme
 from wherry.task import Task
 from wherry.tensorfile import TensorFile
@@ -126,12 +127,14 @@ class Lora:
     """A base source with a LoRA adapter merged on the way in: W + scaling * B A. Source: Hu et al. 2021, arXiv:2106.09685."""
 
     def __init__(self, base: Source, folder: Path) -> None:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf8"))
+        config = read_object(folder / "adapter_config.json")
         for key in ("use_dora", "modules_to_save", "lora_bias", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
             if config.get(key):
                 raise Unsupported(f"{folder}: adapter with {key} is not merged here; merge it with peft's merge_and_unload")
-        rank = config["r"]
-        self.scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+        rank, alpha = config.get("r"), config.get("lora_alpha")
+        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+            raise Corrupt(f"{folder / 'adapter_config.json'} lacks a proper r or lora_alpha")
+        self.scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         self.base, self.file = base, TensorFile(folder / "adapter_model.safetensors")
         self.pairs: dict[str, dict[str, str]] = {}
         for name in self.file.entries:
@@ -139,6 +142,13 @@ class Lora:
             if not match or f"{match[1]}.weight" not in base.names():
                 raise Unsupported(f"{folder}: adapter tensor {name} has no place in the base model")
             self.pairs.setdefault(f"{match[1]}.weight", {})[match[2]] = name
+        for name, pair in self.pairs.items():
+            n, k = base.shape(name)
+            for side, shape in (("A", (rank, k)), ("B", (n, rank))):
+                if side not in pair:
+                    raise Corrupt(f"{folder}: the adapter has no lora_{side} for {name}")
+                if self.file.entries[pair[side]].shape != shape:
+                    raise Corrupt(f"{folder}: lora_{side} of {name} is not of shape {shape}: made for another base")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base, name)
@@ -194,7 +204,9 @@ class Checkpoint:
                 return shelf.find("formats", "gguf").load(path)
             raise BadInput(f"{path} is not a model: give a folder with config.json, a .gguf file, or a hub id")
         if (path / "adapter_config.json").exists():
-            config = json.loads((path / "adapter_config.json").read_text(encoding="utf8"))
+            config = read_object(path / "adapter_config.json")
+            if not isinstance(config.get("base_model_name_or_path"), str):
+                raise Corrupt(f"{path / 'adapter_config.json'} does not say its base_model_name_or_path")
             base_path = Path(config["base_model_name_or_path"])
             beside = path / base_path
             base = cls.open(beside if beside.exists() else str(base_path))
@@ -207,10 +219,7 @@ class Checkpoint:
             if len(inner) == 1:
                 return shelf.find("formats", "gguf").load(inner[0])
             raise Missing(f"{path} has no config.json: not a model's folder")
-        try:
-            config = json.loads(file.read_text(encoding="utf8"))
-        except ValueError as error:
-            raise Corrupt(f"{file} is not JSON: {error}") from error
+        config = read_object(file)
         quantization = config.get("quantization_config")
         if quantization:
             method = quantization.get("quant_method", "?")
@@ -259,8 +268,11 @@ class Checkpoint:
         kind = plain.pop("model_type", None)
         try:
             return AutoConfig.for_model(kind, **plain)
-        except (ValueError, KeyError, TypeError) as error:
-            raise Unsupported(f"{self.path}: transformers does not know the model type '{kind}': {error}") from error
+        except Exception as error:  # each model's class has its own checks, with exceptions of many classes
+            if isinstance(error, KeyError) or "model identifier" in str(error):
+                raise Unsupported(f"{self.path}: transformers does not know the model type '{kind}'") from error
+            reason = " ".join(str(error).split())[:200]
+            raise Corrupt(f"{self.path / 'config.json'} is no configuration of '{kind}': {reason}") from error
 
     def skeleton(self) -> torch.nn.Module:
         """The module in eval mode with all parameters on the meta device: structure without memory."""
@@ -268,18 +280,23 @@ class Checkpoint:
         from transformers import AutoModel, AutoModelForCausalLM
 
         builder = AutoModelForCausalLM if self.task.kind == "text-generation" else AutoModel
-        with accelerate.init_empty_weights(include_buffers=False):
-            module = builder.from_config(self.hf_config, dtype=torch.float32)
+        configuration = self.hf_config
+        try:
+            with accelerate.init_empty_weights(include_buffers=False):
+                module = builder.from_config(configuration, dtype=torch.float32)
+        except Exception as error:  # each model's class fails in its own way
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise Corrupt(f"{self.path}: transformers cannot build a model by its config.json.\n{reason}") from error
         return module.eval()
 
     def places(self, module: torch.nn.Module) -> dict[str, str]:
         """{parameter of the module: name of the weight}; tied parameters share a name.
 
-        Raises Corrupt when a parameter of the module has no weight in the checkpoint.
+        Raises Corrupt when a parameter of the module has no weight in the checkpoint, or one of another shape.
         """
         have, prefix = set(self.names()), getattr(module, "base_model_prefix", "")
         found: dict[str, str] = {}
-        for name, _ in module.named_parameters(remove_duplicate=False):
+        for name, parameter in module.named_parameters(remove_duplicate=False):
             candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
             match = next((c for c in candidates if c in have), None)
             if match is None and name == "lm_head.weight" and self.tied:
@@ -288,6 +305,9 @@ class Checkpoint:
                 if "pooler" in name:  # sentence encoders are often shipped without it, and it is not used
                     continue
                 raise Corrupt(f"{self.path} lacks the weight {name}, which {type(module).__name__} needs")
+            if tuple(parameter.shape) != self.shape(match):
+                said = f"has shape {self.shape(match)}, its config.json says {tuple(parameter.shape)}"
+                raise Corrupt(f"{self.path}: {match} {said}.\nThe two do not belong together: get the model again.")
             found[name] = match
         return found
 
@@ -304,9 +324,9 @@ class Checkpoint:
             if name not in tensors:
                 tensors[name] = torch.nn.Parameter(self.weight(name), requires_grad=False)
             put(module, parameter, tensors[name])
-        for name, parameter in module.named_parameters():
-            if parameter.is_meta:  # an unused pooler
-                put(module, name, torch.zeros(parameter.shape))
+        for name, left in module.named_parameters():
+            if left.is_meta:  # an unused pooler
+                put(module, name, torch.zeros(left.shape))
         return module
 
 

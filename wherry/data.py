@@ -6,7 +6,9 @@ from different sources, so that what is tuned on one text is judged on another.
 
 import csv
 import hashlib
+import io
 import json
+import zipfile
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -52,8 +54,13 @@ def read(path: str | Path) -> Data:
         raise BadInput(f"{path} is empty: it must hold text to measure on")
     digest, kind = hashlib.sha256(raw).hexdigest(), path.suffix.lower()
     if kind in (".npy", ".npz"):
-        loaded = np.load(path, allow_pickle=False)
-        ids = np.atleast_2d(loaded[loaded.files[0]] if kind == ".npz" else loaded)
+        try:
+            loaded = np.load(io.BytesIO(raw), allow_pickle=False)
+            ids = np.atleast_2d(loaded[loaded.files[0]] if kind == ".npz" else loaded)
+        except (ValueError, EOFError, OSError, LookupError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+            raise BadInput(f"{path} is not a {kind} file of token ids") from error
+        if not ids.size:
+            raise BadInput(f"{path} is empty: it must hold token ids [windows, length]")
         if ids.ndim != 2 or ids.dtype.kind not in "iu":
             raise BadInput(f"{path}: token ids must be whole numbers [windows, length], not {ids.dtype} {ids.shape}")
         return Data(path.name, digest, tokens=ids.astype(np.int64))
@@ -82,7 +89,10 @@ def _jsonl(path: Path, text: str) -> tuple[str, ...]:
 
 def _table(path: Path, text: str, digest: str, delimiter: str) -> Data:
     quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-    rows = [row for row in csv.reader(text.splitlines(), delimiter=delimiter, quoting=quoting) if row]
+    try:
+        rows = [row for row in csv.reader(text.splitlines(), delimiter=delimiter, quoting=quoting) if row]
+    except csv.Error as error:
+        raise BadInput(f"{path} is not a table: {error}") from error
     if "text" in rows[0]:
         column = rows[0].index("text")
         return Data(path.name, digest, texts=tuple(row[column] for row in rows[1:]))
@@ -107,6 +117,8 @@ def windows(data: Data, task: Task, length: int, most: int, seed: int | None = N
     if data.tokens is not None:
         return data.tokens[:most, :length]
     texts = data.texts or tuple(f"{a}\n{b}" for a, b, _ in data.pairs)
+    if not texts:
+        raise BadInput(f"{data.name} has no rows: it must hold text to measure on")
     stream = np.concatenate([np.asarray(task.encode(text), dtype=np.int64) for text in texts])
     count = len(stream) // length
     if count == 0:

@@ -1,5 +1,6 @@
 """Deliver: one run from a plan to a finished folder: checkpoint, exports, and what describes them. Resumable."""
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,26 +11,29 @@ import numpy as np
 from wherry import __version__, data, shelf
 from wherry.artifact import MANIFEST, Artifact
 from wherry.checkpoint import Checkpoint
-from wherry.errors import Error
+from wherry.errors import BadInput, Error, Exhausted
 from wherry.formats import compressed_tensors
-from wherry.journal import Journal
+from wherry.journal import Journal, remove_empty, vacant
 from wherry.recipe import Plan
 
 Progress = Callable[[int, int, str], None]
 Batches = list[dict[str, np.ndarray]]
-KEPT = (7,)  # exit codes of errors after which the journal stays: the disk or the memory can be mended
+KEPT = (7,)  # exit codes of errors after which calibrated work stays: the disk or the memory can be mended
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def calibration(checkpoint: Checkpoint, source: data.Data, samples: int, length: int, seed: int) -> Batches:
     """Batches of model inputs. Generators: windows of `length` tokens, 4 a batch; encoders: sentences of one length together."""
+    for name, value, least in (("samples", samples, 1), ("length", length, 2), ("seed", seed, 0)):
+        if value < least:
+            raise BadInput(f"--{name} {value} is too small: {least} is the least")
     task = checkpoint.task
     if task.kind == "text-generation":
         table = data.windows(source, task, min(length, task.max_length), samples, seed)
         vocabulary = checkpoint.config.get("vocab_size", 1 << 62)
-        if table.size and int(table.max()) >= vocabulary:
-            from wherry.errors import BadInput
-
-            raise BadInput(f"{source.name} has token {int(table.max())}; the model knows {vocabulary}: another tokenizer's ids")
+        for token in (int(table.max()), int(table.min())):
+            if not 0 <= token < vocabulary:
+                raise BadInput(f"{source.name} has token {token}, the model {vocabulary}: another tokenizer's ids")
         return [{"input_ids": table[i : i + 4]} for i in range(0, len(table), 4)]
     by_length: dict[int, list[str]] = {}
     for text in data.sentences(source, 4 * samples, seed):
@@ -68,9 +72,17 @@ def deliver(
             describe(result)
         journal.finish(result)
     except Error as error:
-        if error.code not in KEPT:
+        kept = sorted(journal.folder.glob("unit-block-*.safetensors")) if batches and error.code in KEPT else []
+        if not kept:
             journal.discard()
-        raise
+            raise
+        note = f"{len(kept)} finished blocks are kept in {journal.folder}; the same command goes on there."
+        raise type(error)("\n".join([*str(error).splitlines()[:2], note])) from error
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        journal.discard()
+        raise Exhausted(f"cannot write {out}: {error.strerror}.\nFree space or choose another -o.") from error
 
 
 def _checkpoint(plan: Plan, journal: Journal, batches: Batches, result: Path, progress: Progress) -> None:
@@ -93,13 +105,19 @@ def save(checkpoint: Checkpoint, out: Path, name: str, progress: Progress) -> Ar
     module = shelf.find("formats", name)
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    parents = vacant(out)
     try:
+        temporary.mkdir(parents=True)
         progress(0, 1, f"writing {name}")
         module.save(checkpoint, temporary, progress)
         temporary.rename(out)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise Exhausted(f"cannot write {out}: {error.strerror}.\nFree space or choose another -o.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        remove_empty(parents)
     return Artifact.open(out)
 
 

@@ -19,6 +19,8 @@ from wherry import tensorfile
 from wherry.errors import BadInput, Corrupt, Exhausted
 from wherry.tensorfile import TensorFile
 
+NAME_MOST = 200  # bytes of an output's name: those of its working folder must fit into the usual 255
+
 
 class Journal:
     """The working folder of one run.
@@ -33,10 +35,11 @@ class Journal:
         text = json.dumps(stamp, sort_keys=True, default=str)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:12]
         self.folder = out.parent / f".{out.name}.partial-{self.fingerprint}"
-        vacant(out)
+        self.parents = vacant(out)
         self.resumed = self.folder.exists()
-        spent = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()) if self.resumed else 0
-        free = shutil.disk_usage(out.parent if out.parent.exists() else Path.cwd()).free
+        own = [path for top in (self.folder, self.ready) for path in top.rglob("*") if path.is_file()]
+        spent = sum(path.stat().st_size for path in own)
+        free = shutil.disk_usage(self.parents[-1].parent if self.parents else out.parent).free
         if need - spent > free:
             raise Exhausted(
                 f"no space for {out}: {(need - spent) / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free.\n"
@@ -45,6 +48,7 @@ class Journal:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
+            remove_empty(self.parents)
             raise BadInput(f"cannot write beside {out}: {error.strerror}.\nChoose another -o.") from error
         for leftover in self.folder.rglob("*.tmp"):
             leftover.unlink()
@@ -95,16 +99,34 @@ class Journal:
         return self.out.parent / f".{self.out.name}.partial-{self.fingerprint}.ready"
 
     def discard(self) -> None:
-        """Remove all traces: used when the run cannot succeed."""
+        """Remove all traces, folders above the output too: used when the run cannot succeed."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        remove_empty(self.parents)
 
 
-def vacant(out: Path) -> None:
-    """Raise BadInput when the output exists already, or its parent does not or cannot be written."""
-    if out.exists():
+def vacant(out: Path) -> list[Path]:
+    """See that the output does not exist and could be made; gives the absent folders above it, deepest first.
+
+    Raises:
+        BadInput: it exists already, has a name that is too long, or lies where nothing can be written.
+    """
+    if os.path.lexists(out):  # a link to nowhere exists too
         raise BadInput(f"{out} exists already; wherry overwrites nothing.\nRemove it or choose another -o.")
-    parent = out.parent
+    if len(os.fsencode(out.name)) > NAME_MOST:
+        raise BadInput(f"the output's name is longer than {NAME_MOST} bytes: {out.name[:40]}...\nChoose another -o.")
+    parent, absent = out.parent, []
     while not parent.exists():
+        absent.append(parent)
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise BadInput(f"{parent} is not a folder that can be written.\nChoose another -o.")
+    return absent
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders, deepest first, as far as they are empty."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return

@@ -97,6 +97,7 @@ def build(method: str, knobs: dict[str, Any]) -> Pass:
     values: dict[str, Any] = {}
     for name, value in knobs.items():
         if name not in known:
+            name = str(name)
             raise BadInput(f"{method} has no knob '{name}'{suggest(name, [*known, 'group_size'])}; it has: group_size, {', '.join(known)}")
         values[name] = coerce(method, name, value, hints[name])
     if size is not None:
@@ -161,11 +162,11 @@ class Recipe:
     @classmethod
     def from_yaml(cls, path: Path) -> "Recipe":
         """Read `[{method: {knob: value}}, ...]`, alone or under the key `recipe`."""
-        if not path.exists():
+        if not path.is_file():
             raise BadInput(f"no such recipe file: {path}")
         try:
             data = yaml.safe_load(path.read_text(encoding="utf8"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise BadInput(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
         steps = data.get("recipe") if isinstance(data, dict) else data
         if not isinstance(steps, list) or not steps:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from wherry.errors import Corrupt
 
@@ -106,6 +107,17 @@ class Report:
             return cls(data["title"], [Row(**{"where": "", "value": None, **row}) for row in data["rows"]])
         except (ValueError, KeyError, TypeError) as error:
             raise Corrupt(f"{origin} is not a report of wherry: {error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object. Raises Corrupt when it does not."""
+    try:
+        found = json.loads(path.read_text(encoding="utf8"))
+    except (ValueError, RecursionError) as error:
+        raise Corrupt(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise Corrupt(f"{path} is not a JSON object, but a {type(found).__name__}")
+    return found
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -4,7 +4,6 @@ It is found once, when a model is opened, stored as `task.json` with the checkpo
 manifest, and used by calibration, evaluation and serving alike, so that all of them see the same inputs.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from wherry.errors import BadInput, Missing, Unsupported
+from wherry.errors import BadInput, Corrupt, Missing, Unsupported
+from wherry.report import read_object
 
 KINDS = {
     "text-generation": ("perplexity", "kl", "top-1 agreement"),
@@ -57,13 +57,16 @@ class Task:
         file = self.folder / "tokenizer.json"
         if not file.exists():
             raise Missing(f"{self.folder} has no tokenizer.json.\nSave one with transformers' AutoTokenizer(...).save_pretrained.")
-        return Tokenizer.from_file(str(file))
+        try:
+            return Tokenizer.from_file(str(file))
+        except Exception as error:  # the only class that the tokenizers package raises
+            raise Corrupt(f"{file} is not a tokenizer: {error}.\nGet the model again.") from error
 
     @cached_property
     def tokenizer_config(self) -> dict[str, Any]:
         """tokenizer_config.json (chat template, names of special tokens); empty when there is none."""
         file = self.folder / "tokenizer_config.json"
-        config = json.loads(file.read_text(encoding="utf8")) if file.exists() else {}
+        config = read_object(file) if file.exists() else {}
         template = self.folder / "chat_template.jinja"
         if template.exists():
             config["chat_template"] = template.read_text(encoding="utf8")
@@ -139,7 +142,7 @@ class Task:
         ids: list[int] = []
         for name in ("generation_config.json", "config.json"):
             file = self.folder / name
-            eos = json.loads(file.read_text(encoding="utf8")).get("eos_token_id") if file.exists() else None
+            eos = read_object(file).get("eos_token_id") if file.exists() else None
             ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
         eos = self.tokenizer.token_to_id(_token_text(self.tokenizer_config.get("eos_token")))
         return tuple(dict.fromkeys(ids + ([] if eos is None else [eos])))
@@ -161,17 +164,17 @@ class Task:
         """Find out what a Hugging Face folder is for: its task.json, else its architecture and its pooling files."""
         file = folder / "task.json"
         if file.exists():
-            return cls.from_dict(json.loads(file.read_text(encoding="utf8")), folder)
-        architecture = (config.get("architectures") or ["?"])[0]
+            return cls.from_dict(read_object(file), folder)
+        architecture = str((config.get("architectures") or ["?"])[0])
         if architecture.endswith("ForCausalLM"):
             return cls("text-generation", folder, max_length=config.get("max_position_embeddings", 2048))
         if (folder / "modules.json").exists() or architecture.endswith("Model"):
             pooling, length = "mean", config.get("max_position_embeddings", 512)
             if (folder / "1_Pooling" / "config.json").exists():
-                modes = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf8"))
+                modes = read_object(folder / "1_Pooling" / "config.json")
                 pooling = "cls" if modes.get("pooling_mode_cls_token") else "mean"
             if (folder / "sentence_bert_config.json").exists():
-                length = json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf8")).get("max_seq_length", length)
+                length = read_object(folder / "sentence_bert_config.json").get("max_seq_length", length)
             modules = (folder / "modules.json").read_text(encoding="utf8") if (folder / "modules.json").exists() else ""
             names = ("input_ids", "attention_mask") + (("token_type_ids",) if config.get("type_vocab_size") else ())
             return cls("sentence-similarity", folder, length, pooling, "Normalize" in modules, names)

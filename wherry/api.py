@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wherry import data, shelf
-from wherry.artifact import MANIFEST, Artifact
+from wherry.artifact import Artifact
 from wherry.choose import able, artifacts, open_session
 from wherry.errors import BadInput, Error
 from wherry.report import Report
@@ -241,7 +241,7 @@ def verify(
     if runtime != "auto":
         found = [a for a, _ in able(artifact, runtime)]
     items = [item(a, Path(artifact), runtime) for a in found]
-    report = prove(items, original, source, speed, progress)
+    report = prove(items, original, source, speed=speed, progress=progress)
     report.title = f"proof of {artifact}"
     if original is None:
         report.rows.insert(
@@ -260,7 +260,7 @@ def evaluate(
     from wherry.evaluate import perplexity, similarity
 
     session, artifact, report = open_session(model, runtime)
-    task = _task(artifact)
+    task = artifact.task
     try:
         if task.kind == "text-generation":
             source = data.read(data_file or data.shipped("evaluation"))
@@ -280,22 +280,13 @@ def evaluate(
     return report
 
 
-def _task(artifact: Artifact) -> Any:
-    """The artifact's task; a bare GGUF file's tokenizer is read out of it."""
-    if artifact.format == "gguf" and not (artifact.path / MANIFEST).exists():
-        from wherry.checkpoint import Checkpoint
-
-        return Checkpoint.open(artifact.main).task
-    return artifact.task
-
-
 def compare(a: str | Path, b: str | Path, data_file: str | Path | None = None, progress: Progress = quiet) -> Report:
     """Two models or artifacts on the same data: sizes, quality with paired intervals, B against A."""
     from wherry.evaluate import drift, similarity
 
     first, one, _ = open_session(a)
     second, two, _ = open_session(b)
-    task, report = _task(one), Report(f"{b} against {a}")
+    task, report = one.task, Report(f"{b} against {a}")
     names = (str(a), str(b))
     try:
         for artifact, name in zip((one, two), names, strict=True):
@@ -307,7 +298,7 @@ def compare(a: str | Path, b: str | Path, data_file: str | Path | None = None, p
         else:
             source = data.read(data_file or data.shipped("pairs"))
             base, rows = similarity.measure(first, task, source.pairs, names[0], progress=progress)
-            other, more = similarity.measure(second, _task(two), source.pairs, names[1], progress=progress)
+            other, more = similarity.measure(second, two.task, source.pairs, names[1], progress=progress)
             report.extend(rows).extend(more).extend(similarity.compare(base, other, names[1], names[0]))
     finally:
         first.close()

@@ -38,6 +38,7 @@ class Artifact:
 
     path: Path
     manifest: dict[str, Any]
+    side: Path | None = None  # folder of tokenizer files, where they are not in `path`: a bare GGUF file's
 
     @property
     def format(self) -> str:
@@ -47,7 +48,7 @@ class Artifact:
     @property
     def task(self) -> Task:
         """What the model is for, and how raw examples go in and out."""
-        return Task.from_dict(self.manifest["task"], self.path)
+        return Task.from_dict(self.manifest["task"], self.side or self.path)
 
     @property
     def main(self) -> Path:

@@ -21,6 +21,8 @@ def artifacts(path: Path | str) -> list[Artifact]:
     if path.is_dir() and not (path / MANIFEST).exists() and (path / "config.json").exists():
         return [shelf.find("runtimes", "torch").wrap(path)]
     found = [Artifact.open(path)]
+    if path.is_file():  # somebody else's GGUF file: its tokenizer is read out of it
+        found = [replace(found[0], side=shelf.find("formats", "gguf").unpacked(path))]
     if path.is_dir():
         found += [Artifact.open(file.parent) for file in sorted(path.glob(f"*/{MANIFEST}"))]
     return found

@@ -9,11 +9,12 @@ import json
 import sys
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from wherry import api, shelf
 from wherry.artifact import Artifact
-from wherry.choose import measured
+from wherry.choose import artifacts, measured
 from wherry.errors import Missing
 from wherry.report import Report, Row
 
@@ -53,29 +54,28 @@ def run(out: Path, progress: Progress, say: Callable[[str], None]) -> Callable[[
     reports = {}
     say("1/5 the shipped file and its float32 reference")
     reports["shipped"] = once(out / "smollm2-shipped", lambda: _shipped(smol, out, progress))
+
+    def compressed(source: Path, name: str, recipe: str, format: str) -> Report:
+        folder = out / name
+        work = partial(api.compress, source, folder, recipe, (format,), samples=32, progress=progress)
+        return once(folder, work)
+
     for i, (name, recipe) in enumerate((("W8", W8), ("W4", W4)), 2):
         say(f"{i}/5 {name}: {recipe}, to GGUF")
-        folder = out / f"smollm2-{name.lower()}"
-        reports[name] = once(
-            folder, lambda f=folder, r=recipe: api.compress(smol, f, r, ("gguf",), samples=32, progress=progress)
-        )  # type: ignore[misc]
+        reports[name] = compressed(smol, f"smollm2-{name.lower()}", recipe, "gguf")
     say("4/5 all-MiniLM-L6-v2: float32 ONNX, the honest baseline")
     reports["fp32"] = once(out / "minilm-fp32", lambda: _float_encoder(minilm, out / "minilm-fp32-onnx", progress))
     say(f"5/5 all-MiniLM-L6-v2: {INT8}, to ONNX")
-    folder = out / "minilm-int8"
-    reports["int8"] = once(folder, lambda: api.compress(minilm, folder, INT8, ("onnx",), progress=progress))
+    reports["int8"] = compressed(minilm, "minilm-int8", INT8, "onnx")
     board = table(reports)
     decoder = Path(__file__).parents[1] / "bench" / "decoder" / "model"
-    if decoder.is_dir():
-        say("and this project's own 5-million decoder, whose floats are original")
+    if (decoder / "config.json").exists():
+        say("and this project's own decoder, whose floats are original")
         for name, recipe in (("W8", W8), ("W4", W4)):
-            folder = out / f"decoder-{name.lower()}"
-            found = once(
-                folder, lambda f=folder, r=recipe: api.compress(decoder, f, r, ("gguf",), samples=32, progress=progress)
-            )  # type: ignore[misc]
+            found = compressed(decoder, f"decoder-{name.lower()}", recipe, "gguf")
             if name == "W8":
-                board.append(language("decoder original", found, "original"))
-            board.append(language(f"decoder {name}", found, "gguf"))
+                board.append(language("own decoder, original", found, "original"))
+            board.append(language(f"own decoder {name}", found, "gguf"))
     show(board)
     return lambda port, stay: serve(out / "smollm2-w4", port, stay, say)
 
@@ -88,23 +88,12 @@ def _shipped(smol: Path, out: Path, progress: Progress) -> Report:
 
     original = Checkpoint.open(smol)
     whole = save(original, out / "smollm2-original-gguf", "gguf", progress)
-    shipped = Artifact.open(smol)
-    shipped.manifest["task"] = original.task.to_dict()
-    with_tokenizer = replace_task(shipped, original)
-    report = prove([Item(with_tokenizer, "llamacpp", "shipped")], original, progress=progress)
+    shipped = artifacts(smol)[0]
+    report = prove([Item(shipped, "llamacpp", "shipped")], original, progress=progress)
     report.extend(measured(whole, "llamacpp", "original"))
     report.add("bytes", "shipped", smol.stat().st_size, "B")
     report.add("bytes", "original", whole.main.stat().st_size, "B")
     return report
-
-
-def replace_task(artifact: Artifact, original: object) -> Artifact:
-    """A bare GGUF artifact whose task has the tokenizer files that were read out of it."""
-
-    class WithTask(Artifact):
-        task = original.task  # type: ignore[attr-defined]
-
-    return WithTask(artifact.path, artifact.manifest)
 
 
 def _float_encoder(minilm: Path, out: Path, progress: Progress) -> Report:
@@ -121,8 +110,9 @@ def _float_encoder(minilm: Path, out: Path, progress: Progress) -> Report:
 
 def language(label: str, report: Report, where: str) -> list[str]:
     """One row of the table of language models."""
-    words = [f"{_value(report, what, where):,.{digits}f}" if _value(report, what, where) is not None else "-" for what, digits in (
-        ("perplexity", 2), ("kl", 4), ("top-1 agreement", 1), ("prefill", 0), ("decode", 0))]  # fmt: skip
+    digits = {"perplexity": 2, "kl": 4, "top-1 agreement": 1, "prefill": 0, "decode": 0}
+    values = {what: _value(report, what, where) for what in digits}
+    words = ["-" if value is None else f"{value:,.{digits[what]}f}" for what, value in values.items()]
     size, peak = _value(report, "bytes", where), _value(report, "peak memory", where)
     return [label, f"{size / 1e6:,.1f}" if size else "-", *words, f"{peak / 1e6:,.0f}" if peak else "-"]
 

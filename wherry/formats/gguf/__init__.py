@@ -43,6 +43,13 @@ def load(path: Path) -> "Checkpoint":
     return read.load(path)
 
 
+def unpacked(path: Path) -> Path:
+    """Folder of the configuration and tokenizer of a .gguf file, written into the cache; needs neither torch nor more."""
+    from wherry.formats.gguf.unpack import unpack
+
+    return unpack(Header(path))[0]
+
+
 def decode(artifact: Artifact) -> Iterator[tuple[str, np.ndarray]]:
     """Every weight in float32 by the `gguf` package's own reader and decoder, under its Hugging Face name."""
     header = Header(artifact.main)

@@ -157,7 +157,7 @@ def compress(
         out: folder to make; it must not exist.
         recipe: recipe string or YAML file; None = default_recipe, and `say` tells.
         formats: names on the formats shelf; each becomes a folder inside of `out`.
-        data_file: calibration data (.txt, .jsonl, .csv, .tsv, .npy token ids); None = the shipped text, and `say` tells.
+        data_file: calibration data (.txt, .jsonl, .csv, .tsv, .npy token ids); None = the shipped text.
         evaluation: data to judge on; None = the shipped text, from another source than the calibration's.
         samples, length, seed: calibration windows, their length in tokens, and how they are drawn.
         device: "cpu".

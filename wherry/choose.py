@@ -78,7 +78,7 @@ def quick(session: Session, artifact: Artifact) -> float:
 
 
 def open_session(path: Path | str, runtime: str = "auto", threads: int = 0) -> tuple[Session, Artifact, Report]:
-    """Load an artifact on a runtime; with "auto", time each that fits and keep the fastest. The report says which and why."""
+    """Load an artifact on a runtime; with "auto", time each that fits and keep the fastest. The report says which."""
     report, best = Report("choice of runtime"), None
     pairs = able(path, runtime)
     if len(pairs) == 1:

@@ -12,6 +12,7 @@ import zipfile
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -88,7 +89,7 @@ def _jsonl(path: Path, text: str) -> tuple[str, ...]:
 
 
 def _table(path: Path, text: str, digest: str, delimiter: str) -> Data:
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    quoting: Any = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
     try:
         rows = [row for row in csv.reader(text.splitlines(), delimiter=delimiter, quoting=quoting) if row]
     except csv.Error as error:

@@ -44,8 +44,8 @@ class Pass:
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
 
-    def solve(self, w: torch.Tensor, stat: Any = None) -> QTensor:
-        """Codes for the weight w [..., n, k]; stat is what `observe` gathered, or None. `notes` may be filled."""
+    def solve(self, w: torch.Tensor, stat: Any = None, notes: list[str] | None = None) -> QTensor:
+        """Codes for the weight w [..., n, k]; stat is what `observe` gathered, or None; remarks go into `notes`."""
         raise NotImplementedError
 
     @property
@@ -183,11 +183,11 @@ class Recipe:
         """The recipe as YAML; `from_yaml` reads it back to an equal recipe."""
         steps = []
         for step in self.steps:
-            knobs = {}
+            knobs: dict[str, Any] = {}
             for item in dataclasses.fields(step):
                 value = getattr(step, item.name)
-                knobs[item.name] = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Scheme) else value
-            scheme, _, size = knobs["scheme"].partition(",group_size=")
+                knobs[item.name] = list(value) if isinstance(value, tuple) else value
+            scheme, _, size = str(step.scheme).partition(",group_size=")
             knobs["scheme"] = scheme
             if size:
                 knobs["group_size"] = int(size)
@@ -338,7 +338,8 @@ def roles(checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
     inside = stack(module) + "."
     places = checkpoint.places(module)
     role: dict[str, tuple[str, str]] = {}
-    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    find_head = getattr(module, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
     tables = [m for m in module.modules() if isinstance(m, torch.nn.Embedding)]
     vocabulary = max((m.num_embeddings for m in tables), default=0)
     for path, child in module.named_modules():

@@ -156,7 +156,7 @@ class Task:
         """The opposite of to_dict. Raises Unsupported for a kind that this version does not know."""
         if data.get("kind") not in KINDS:
             raise Unsupported(f"task '{data.get('kind')}' is not known; there are: {', '.join(KINDS)}")
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in cls.__dataclass_fields__}
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in cls.__dataclass_fields__}
         return cls(**known, folder=Path(folder))
 
     @classmethod

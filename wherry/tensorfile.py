@@ -125,7 +125,7 @@ def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
         yield header_bytes({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, metadata or {})
         for tensor in tensors.values():
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            yield memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""  # type: ignore[misc]
+            yield memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""  # type: ignore[misc,arg-type]
 
     write_pieces(path, pieces())
 

@@ -165,7 +165,7 @@ def solve(plan: Plan, row: PlanRow, w: torch.Tensor, watch: "Watch", notes: list
     if not hasattr(step, "observe"):
         q = replace(step, scheme=row.scheme).solve(w)  # type: ignore[arg-type]
     elif row.name in watch.stats:
-        q = step.solve(w, watch.stats[row.name], notes)  # type: ignore[call-arg]
+        q = step.solve(w, watch.stats[row.name], notes)
     else:
         notes.append("no calibration input reached it: rounded to nearest")
         q = round_to_nearest(plan, row, w)

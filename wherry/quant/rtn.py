@@ -20,6 +20,6 @@ from wherry.scheme import QTensor
 class RTN(Pass):
     """Round to nearest."""
 
-    def solve(self, w: torch.Tensor, stat: None = None) -> QTensor:
+    def solve(self, w: torch.Tensor, stat: None = None, notes: list[str] | None = None) -> QTensor:
         """Codes of w by its own range alone."""
         return grid.encode(w, self.scheme, *grid.fit(w, self.scheme, self.rounding))

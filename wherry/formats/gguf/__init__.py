@@ -44,7 +44,7 @@ def load(path: Path) -> "Checkpoint":
 
 
 def unpacked(path: Path) -> Path:
-    """Folder of the configuration and tokenizer of a .gguf file, written into the cache; needs neither torch nor more."""
+    """Folder of the configuration and tokenizer of a .gguf file, written into the cache; needs no torch."""
     from wherry.formats.gguf.unpack import unpack
 
     return unpack(Header(path))[0]

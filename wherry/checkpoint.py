@@ -85,7 +85,9 @@ class Safetensors:
             shards = ["model.safetensors"]
             if not (folder / shards[0]).exists():
                 pickled = sorted(path.name for path in folder.glob("*.bin"))
-                hint = f"It holds only pickled weights ({pickled[0]}): save it once with safetensors." if pickled else ""
+                hint = (
+                    f"It holds only pickled weights ({pickled[0]}): save it once with safetensors." if pickled else ""
+                )
                 raise Missing(f"{folder} has no model.safetensors and no {INDEX}.\n{hint}".rstrip())
         self.files = [TensorFile(folder / shard) for shard in shards]
         self.where = {name: file for file in self.files for name in file.entries}
@@ -115,7 +117,9 @@ class Safetensors:
 
     def fingerprint(self) -> str:
         """Headers, sizes and times of change of all files."""
-        parts = [f"{f.path.name} {f.header_digest} {f.path.stat().st_size} {f.path.stat().st_mtime_ns}" for f in self.files]
+        parts = [
+            f"{f.path.name} {f.header_digest} {f.path.stat().st_size} {f.path.stat().st_mtime_ns}" for f in self.files
+        ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def bytes(self) -> int:
@@ -124,13 +128,15 @@ class Safetensors:
 
 
 class Lora:
-    """A base source with a LoRA adapter merged on the way in: W + scaling * B A. Source: Hu et al. 2021, arXiv:2106.09685."""
+    """A base source with a LoRA adapter merged on the way in: W + scaling * B A. Source: arXiv:2106.09685."""
 
     def __init__(self, base: Source, folder: Path) -> None:
         config = read_object(folder / "adapter_config.json")
         for key in ("use_dora", "modules_to_save", "lora_bias", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
             if config.get(key):
-                raise Unsupported(f"{folder}: adapter with {key} is not merged here; merge it with peft's merge_and_unload")
+                raise Unsupported(
+                    f"{folder}: adapter with {key} is not merged here; merge it with peft's merge_and_unload"
+                )
         rank, alpha = config.get("r"), config.get("lora_alpha")
         if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
             raise Corrupt(f"{folder / 'adapter_config.json'} lacks a proper r or lora_alpha")
@@ -365,7 +371,9 @@ def locate(model: str | Path) -> Path:
         return path
     text = str(model)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or text.startswith(".") or path.parent.is_dir():
-        raise Missing(f"no such model: {text}\nGive a folder with config.json, a .gguf file, or a hub id like org/name.")
+        raise Missing(
+            f"no such model: {text}\nGive a folder with config.json, a .gguf file, or a hub id like org/name."
+        )
     try:
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError as error:
@@ -386,5 +394,7 @@ def stack(module: torch.nn.Module) -> str:
         if isinstance(child, torch.nn.ModuleList) and len({type(block) for block in child}) == 1
     }
     if not found:
-        raise Unsupported(f"{type(module).__name__} has no list of equal blocks to walk; use a method without data, like rtn")
+        raise Unsupported(
+            f"{type(module).__name__} has no list of equal blocks to walk; use a method without data, like rtn"
+        )
     return max(found, key=lambda path: found[path])

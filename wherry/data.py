@@ -42,7 +42,7 @@ def shipped(which: str) -> Path:
 
 
 def read(path: str | Path) -> Data:
-    """Read .txt, .jsonl (field "text"), .csv or .tsv (sentence, sentence, score; or a column "text"), .npy or .npz (token ids).
+    """Read .txt, .jsonl (field "text"), .csv or .tsv (sentence, sentence, score; or a column "text"), .npy or .npz.
 
     Raises:
         Missing: no such file; BadInput: empty, or not of that form (with the line).
@@ -106,7 +106,9 @@ def _table(path: Path, text: str, digest: str, delimiter: str) -> Data:
         except (IndexError, ValueError) as error:
             if number == 1:  # a header
                 continue
-            raise BadInput(f"{path}:{number}: not two sentences and a score, nor a table with a column 'text'") from error
+            raise BadInput(
+                f"{path}:{number}: not two sentences and a score, nor a table with a column 'text'"
+            ) from error
     return Data(path.name, digest, pairs=tuple(pairs))
 
 

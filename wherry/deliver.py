@@ -23,7 +23,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def calibration(checkpoint: Checkpoint, source: data.Data, samples: int, length: int, seed: int) -> Batches:
-    """Batches of model inputs. Generators: windows of `length` tokens, 4 a batch; encoders: sentences of one length together."""
+    """Batches of model inputs: windows of `length` tokens, 4 a batch; for encoders sentences of one length together."""
     for name, value, least in (("samples", samples, 1), ("length", length, 2), ("seed", seed, 0)):
         if value < least:
             raise BadInput(f"--{name} {value} is too small: {least} is the least")

@@ -20,7 +20,7 @@ import yaml
 
 from wherry import shelf
 from wherry.checkpoint import Checkpoint, stack
-from wherry.errors import BadInput, Unsupported
+from wherry.errors import BadInput
 from wherry.ops import grid
 from wherry.scheme import PRESETS, QTensor, Scheme, Tensor
 from wherry.shelf import suggest
@@ -97,8 +97,8 @@ def build(method: str, knobs: dict[str, Any]) -> Pass:
     values: dict[str, Any] = {}
     for name, value in knobs.items():
         if name not in known:
-            name = str(name)
-            raise BadInput(f"{method} has no knob '{name}'{suggest(name, [*known, 'group_size'])}; it has: group_size, {', '.join(known)}")
+            near, every = suggest(str(name), [*known, "group_size"]), ", ".join(known)
+            raise BadInput(f"{method} has no knob '{name}'{near}; it has: group_size, {every}")
         values[name] = coerce(method, name, value, hints[name])
     if size is not None:
         scheme = values.get("scheme", next(f.default for f in dataclasses.fields(kind) if f.name == "scheme"))
@@ -122,7 +122,9 @@ def coerce(method: str, name: str, value: Any, kind: Any) -> Any:
         try:
             return kind(value)
         except (ValueError, TypeError) as error:
-            raise BadInput(f"{method}: {name}={value} is not {'a whole number' if kind is int else 'a number'}") from error
+            raise BadInput(
+                f"{method}: {name}={value} is not {'a whole number' if kind is int else 'a number'}"
+            ) from error
     if get_args(kind)[:1] == (str,):
         return tuple(value) if isinstance(value, list | tuple) else tuple(str(value).split(";"))
     return str(value)
@@ -375,8 +377,12 @@ def roles(checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
 
 def static_activations(scheme: Scheme | None) -> bool:
     """Whether a layer stored so needs the range of its inputs measured."""
-    return bool(scheme and scheme.activations and not scheme.activations.dynamic and isinstance(scheme.activations.grain, Tensor))
+    return bool(
+        scheme
+        and scheme.activations
+        and not scheme.activations.dynamic
+        and isinstance(scheme.activations.grain, Tensor)
+    )
 
 
 Progress = Callable[[int, int, str], None]
-__all__ = ["EMBEDDING", "Pass", "Plan", "PlanRow", "Progress", "Recipe", "matches", "roles", "static_activations", "Unsupported"]

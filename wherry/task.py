@@ -56,7 +56,9 @@ class Task:
 
         file = self.folder / "tokenizer.json"
         if not file.exists():
-            raise Missing(f"{self.folder} has no tokenizer.json.\nSave one with transformers' AutoTokenizer(...).save_pretrained.")
+            raise Missing(
+                f"{self.folder} has no tokenizer.json.\nSave one with AutoTokenizer(...).save_pretrained."
+            )
         try:
             return Tokenizer.from_file(str(file))
         except Exception as error:  # the only class that the tokenizers package raises
@@ -131,7 +133,9 @@ class Task:
         def refuse(message: str) -> None:
             raise BadInput(f"the model's chat template refuses this conversation: {message}")
 
-        special = {k: _token_text(v) for k, v in self.tokenizer_config.items() if k in ("bos_token", "eos_token", "pad_token")}
+        special = {
+            k: _token_text(v) for k, v in self.tokenizer_config.items() if k in ("bos_token", "eos_token", "pad_token")
+        }
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = refuse
         return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **special)
@@ -156,7 +160,9 @@ class Task:
         """The opposite of to_dict. Raises Unsupported for a kind that this version does not know."""
         if data.get("kind") not in KINDS:
             raise Unsupported(f"task '{data.get('kind')}' is not known; there are: {', '.join(KINDS)}")
-        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in cls.__dataclass_fields__}
+        known: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in cls.__dataclass_fields__
+        }
         return cls(**known, folder=Path(folder))
 
     @classmethod
@@ -179,8 +185,8 @@ class Task:
             names = ("input_ids", "attention_mask") + (("token_type_ids",) if config.get("type_vocab_size") else ())
             return cls("sentence-similarity", folder, length, pooling, "Normalize" in modules, names)
         raise Unsupported(
-            f"{folder}: architecture {architecture} has no task here yet (text generation and sentence similarity have).\n"
-            f"Write a task.json beside config.json if it is one of these."
+            f"{folder}: architecture {architecture} has no task here yet.\n"
+            f"Text generation and sentence similarity have; write a task.json if it is one of these."
         )
 
 

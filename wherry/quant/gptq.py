@@ -4,20 +4,24 @@ Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1; act-order with stati
 Idea:   minimise ||(W - Q) X||^2. With H = X X^T + damp * mean(diag H) * I and H^-1 = U^T U (U upper),
         rounding column j costs e_j = (w_j - q_j) / U_jj, which the rest pays: W[:, j:] -= e_j U[j, j:].
         Columns go in the order of falling diag H; each keeps the scale of the group that it came from, which
-        was fixed before (static), so that the result needs no index of groups.
+        was fixed before (static), so that the result needs no index of groups. Once all codes stand, the scales
+        are fitted to them by least squares in the same metric (refit; COMQ, Zhang et al. 2024, arXiv:2403.07134).
 Shapes: w [n, k]; x [tokens, k]; H, U [k, k]; e [n, block].      n = outputs, k = inputs.
 Cost:   O(n k^2 + k^3) time in lazy blocks of 128 columns, 8 k^2 bytes for H; one pass over the calibration tokens.
 Fails:  Diverged if H is not positive definite even with damp = 1 (too few tokens for k inputs).
-Differs: an exact zero stays zero (so that it composes with pruning); damping that fails is raised tenfold and reported.
+Differs: refit (refit=false is the paper); an exact zero stays zero (so that it composes with pruning); damping that
+        fails is raised tenfold and reported.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from wherry.errors import BadInput
 from wherry.ops import grid
-from wherry.ops.solve import inverse_factor
+from wherry.ops.solve import inverse_factor, refit
 from wherry.recipe import Pass
 from wherry.scheme import QTensor
 
@@ -31,11 +35,20 @@ class Hessian(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class GPTQ(Pass):
-    """damp: added to diag(H), as a fraction of its mean. actorder: "static" or "none"."""
+    """damp: added to diag(H), as a fraction of its mean. actorder: "static" or "none". refit: fit scales to codes."""
 
     damp: float = 0.01
     actorder: str = "static"
     block: int = 128
+    refit: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damp < math.inf:
+            raise BadInput(f"gptq: damp={self.damp:g} is not a fraction; 0.01 is the usual one")
+        if self.actorder not in ("static", "none"):
+            raise BadInput(f"gptq: actorder={self.actorder} is not known; it is static or none")
+        if self.block < 1:
+            raise BadInput(f"gptq: block={self.block} is not a number of columns; 128 is the usual one")
 
     def observe(self, stat: Hessian | None, x: torch.Tensor) -> Hessian:
         """Add the tokens x [tokens, k] to the statistic."""
@@ -44,8 +57,10 @@ class GPTQ(Pass):
             return Hessian(x.T @ x, len(x))
         return Hessian(torch.addmm(stat.total, x.T, x), stat.tokens + len(x))
 
-    def solve(self, w: torch.Tensor, stat: Hessian, notes: list[str] | None = None) -> QTensor:
+    def solve(self, w: torch.Tensor, stat: Hessian | None = None, notes: list[str] | None = None) -> QTensor:
         """Codes of w [n, k] that keep w x where the calibration inputs lie."""
+        if stat is None:
+            raise BadInput("gptq needs calibration statistics; rtn is the method without data")
         W, k = w.float().clone(), w.shape[-1]
         scale, zero = grid.fit(W, self.scheme, self.rounding)
         size = k // scale.shape[-1]
@@ -71,5 +86,10 @@ class GPTQ(Pass):
                 B[:, c:] -= E[:, c : c + 1] * Ub[c, c:]
                 code[:, i + c] = q
             W[:, j:] -= E @ U[i:j, j:]
-        back = torch.argsort(order)
-        return QTensor(self.scheme, code[:, back].to(torch.int8), scale, zero)
+        code = code[:, torch.argsort(order)]
+        if self.refit:
+            H = H + damp * H.diagonal().mean() * torch.eye(k)
+            q = code if zero is None else code - zero.float().repeat_interleave(size, 1)
+            scale = refit(w.float(), q, H, scale)
+            scale = scale if self.rounding is None else self.rounding(scale)
+        return QTensor(self.scheme, code.to(torch.int8), scale, zero)

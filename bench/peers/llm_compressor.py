@@ -1,0 +1,105 @@
+"""Driver of llm-compressor: runs inside that peer's own environment and imports nothing of wherry.
+
+    PEER/bin/python bench/peers/llm_compressor.py --model FOLDER --tokens calibration.npy --out OUT \\
+        --method gptq --scheme W3A16_ASYM --group-size 64 [--actorder static --damp 0.01 --observer memoryless_minmax]
+
+Reads a Hugging Face folder and an array of token ids [windows, length]; writes a compressed-tensors folder. Only
+the decoder's linears are quantized. Everything is calibrated and solved in float32; what is written is fp16 (scales,
+embedding, norms), so that files can be compared byte for byte with others. Ends with one JSON line of what it took.
+With --serve it reads such arguments line by line from stdin, so that one import of the peer serves many runs.
+
+The environment (torch first, then the peer with a constraints file that holds the line torch==2.13.0):
+    python3.11 -m venv PEER
+    PEER/bin/pip install torch==2.13.0
+    PEER/bin/pip install llmcompressor==0.14.0.1 -c constraints.txt
+"""
+
+import argparse
+import importlib.metadata
+import json
+import resource
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from loguru import logger
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM  # noqa: TID253
+
+
+def arguments(words: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--tokens", type=Path, help="npy of ids [windows, length]; needed by gptq")
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--method", choices=("rtn", "gptq"), required=True)
+    parser.add_argument("--scheme", required=True, help="W4A16, W4A16_ASYM, W3A16, ...")
+    parser.add_argument("--group-size", type=int, required=True)
+    parser.add_argument("--actorder", default="static", help="static, or none")
+    parser.add_argument("--damp", type=float, default=0.01)
+    parser.add_argument("--observer", default="memoryless_minmax", help="or memoryless_mse, imatrix_mse")
+    parser.add_argument("--targets", default="", help="sequential targets, comma separated; default: the decoder layer")
+    return parser.parse_args(words)
+
+
+def compress(a: argparse.Namespace) -> dict[str, object]:
+    """Quantize and save; returns wall and CPU seconds (loading and saving left out), peak memory, versions."""
+    weights = QuantizationArgs(
+        num_bits=int(a.scheme[1]), type="int", symmetric=not a.scheme.endswith("_ASYM"), strategy="group",
+        group_size=a.group_size, observer=a.observer,
+    )  # fmt: skip
+    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
+    start, cpu = time.perf_counter(), time.process_time()
+    if a.method == "rtn":
+        oneshot(model=model, recipe=QuantizationModifier(config_groups=groups, ignore=["lm_head"]))
+    else:
+        ids = np.load(a.tokens)
+        rows = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": np.ones_like(ids).tolist()})
+        order = None if a.actorder == "none" else a.actorder
+        oneshot(
+            model=model, dataset=rows, num_calibration_samples=len(ids), max_seq_length=ids.shape[1],
+            shuffle_calibration_samples=False, sequential_targets=a.targets.split(",") if a.targets else None,
+            recipe=GPTQModifier(config_groups=groups, ignore=["lm_head"], dampening_frac=a.damp, actorder=order),
+        )  # fmt: skip
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+    model.save_pretrained(a.out, save_compressed=True)
+    halve(a.out)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    names = ("llmcompressor", "torch", "transformers", "compressed-tensors")
+    return {
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "peak_bytes": peak,
+        "versions": [f"{name}=={importlib.metadata.version(name)}" for name in names],
+    }
+
+
+def halve(folder: Path) -> None:
+    """Store what is float32 as fp16: scales, embedding, norms. The codes stay as they were solved, in float32."""
+    for file in folder.glob("*.safetensors"):
+        tensors = {name: t.half() if t.dtype == torch.float32 else t for name, t in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+def main() -> None:
+    """One run, or one for each line of stdin."""
+    logger.remove()
+    if sys.argv[1:] != ["--serve"]:
+        print(json.dumps(compress(arguments(sys.argv[1:]))))
+        return
+    for line in sys.stdin:
+        print(json.dumps(compress(arguments(shlex.split(line)))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Perplexity and KL at equal bits: wherry's methods and llm-compressor's, same tokens in, same ruler out.
+
+    python bench/quality.py --model smollm2 --scheme W3A16_ASYM --seeds 5 --peer-python PEER/bin/python
+    python bench/quality.py --table
+
+Every row is cached in bench/results/quality.json with its date and a hash of its inputs (weights, calibration ids,
+evaluation ids, options) and is measured again only with --refresh or when that hash has changed. Models and data:
+bench/reference.py (WHERRY_DATA must be set). The ruler: bench/measure.py. How to build the peer's environment:
+bench/peers/llm_compressor.py; without --peer-python its cached rows are used and the pip lines are printed.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from reference import MODELS, fingerprint, prepare, windows
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "quality.json"
+CODE = ("quant/rtn.py", "quant/gptq.py", "ops/grid.py", "ops/solve.py", "engine/walk.py", "engine/stream.py")
+PEER = """The peer's rows need an environment of its own (about 1.5 GB):
+    python3.11 -m venv PEER && echo torch==2.13.0 > constraints.txt
+    PEER/bin/pip install torch==2.13.0
+    PEER/bin/pip install llmcompressor==0.14.0.1 -c constraints.txt
+then: --peer-python PEER/bin/python"""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One way to compress: tool, method and its options as text."""
+
+    tool: str
+    method: str
+    options: str = ""
+
+    @property
+    def label(self) -> str:
+        """What the table calls it."""
+        return f"{self.tool} {self.method}" + (f" {self.options}" if self.options else "")
+
+
+ENTRIES = (
+    Entry("wherry", "rtn", "portable=false"),
+    Entry("wherry", "rtn"),
+    Entry("wherry", "gptq", "portable=false"),
+    Entry("wherry", "gptq"),
+    Entry("llm-compressor", "rtn"),
+    Entry("llm-compressor", "gptq"),
+)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=[])
+    parser.add_argument("--scheme", nargs="+", default=["W4A16_ASYM", "W3A16_ASYM"])
+    parser.add_argument("--group-size", type=int, help="default: the model's usual one")
+    parser.add_argument("--seeds", type=int, default=5, help="calibration draws; rtn needs none")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", help="labels to run: 'wherry gptq' 'llm-compressor gptq damp=0.1' ...")
+    parser.add_argument("--peer-python", help="python of the peer's environment")
+    parser.add_argument("--cache", type=Path, default=HERE / "results" / "cache", help="where reference models lie")
+    parser.add_argument("--refresh", action="store_true", help="measure again what is cached")
+    parser.add_argument("--table", action="store_true", help="only print what is cached")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure what is missing, then print the table."""
+    a = arguments()
+    if not a.table and not a.model:
+        raise SystemExit("say --model, or --table to print the cached rows")
+    entries = [Entry(*label.split(" ", 2)) for label in a.only] if a.only else list(ENTRIES)
+    if not a.table and not a.peer_python and any(entry.tool != "wherry" for entry in entries):
+        print(PEER, file=sys.stderr)
+        entries = [entry for entry in entries if entry.tool == "wherry"]
+    for name in [] if a.table else a.model:
+        size = a.group_size or MODELS[name].group_size
+        run(name, a.scheme, size, entries, range(a.first_seed, a.first_seed + a.seeds), a)
+    show(rows())
+
+
+def run(name: str, schemes: list[str], size: int, entries: list[Entry], seeds: range, a: argparse.Namespace) -> None:
+    """Measure one model's missing rows, one after the other, saving after each."""
+    import measure
+
+    a.cache.mkdir(parents=True, exist_ok=True)
+    folder, float_, peer = prepare(name, a.cache), None, Peer(a.peer_python)
+    for seed in seeds:
+        calibration, evaluation = windows(name, folder, seed)
+        for scheme in schemes:
+            for entry in entries:
+                if entry.method == "rtn" and seed != seeds[0]:
+                    continue
+                used = calibration if entry.method != "rtn" else np.zeros(0)
+                digest = fingerprint(folder / "model.safetensors", used, evaluation, entry.options)
+                key = {"model": name, "tool": entry.tool, "method": entry.method, "options": entry.options}
+                key |= {"scheme": scheme, "group_size": size, "seed": None if entry.method == "rtn" else seed}
+                if not a.refresh and any(matches(row, key) and row["inputs"] == digest for row in rows()):
+                    continue
+                float_ = float_ or measure.reference(folder, evaluation)
+                out = a.cache / f"out-{os.getpid()}"
+                np.save(out.with_suffix(".npy"), calibration)
+                job = (entry, folder, out, scheme, size, out.with_suffix(".npy"))
+                took = wherry(*job) if entry.tool == "wherry" else peer.compress(*job)
+                row = key | measure.compare(out, evaluation, float_) | took
+                row |= {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "inputs": digest}
+                row |= {"threads": os.environ.get("OMP_NUM_THREADS", "all")}
+                row |= {"windows": list(calibration.shape), "evaluated": list(evaluation.shape)}
+                save([*(old for old in rows() if not matches(old, key)), row])
+                shutil.rmtree(out)
+                told = f"perplexity {row['perplexity']:.4f} (float {row['float_perplexity']:.4f}), KL {row['kl']:.4f}"
+                print(
+                    f"{name} {scheme} g{size} {entry.label} seed {key['seed']}: {told}, {took['seconds']} s", flush=True
+                )
+
+
+def wherry(entry: Entry, folder: Path, out: Path, scheme: str, size: int, tokens: Path) -> Row:
+    """Make `out` from `folder` with wherry; returns what it took."""
+    from wherry import api, data, deliver
+
+    extra = "".join(f",{item}" for item in entry.options.split(",") if item)
+    recipe = f"{entry.method}:scheme={scheme},group_size={size},embedding=keep{extra}"
+    start, cpu = time.perf_counter(), time.process_time()
+    plan, batches = api.plan(folder, recipe), []
+    if plan.recipe.calibrated:
+        source = data.read(tokens)
+        batches = deliver.calibration(plan.checkpoint, source, *np.load(tokens).shape, seed=0)
+    deliver.deliver(plan, out, (), batches, {"data": str(tokens)}, lambda result: None, api.quiet)
+    took = {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
+    names = ("wherry", "torch", "transformers", "compressed-tensors")
+    code = fingerprint(*(HERE.parent / "wherry" / file for file in CODE))
+    return took | {"versions": [f"{name}=={importlib.metadata.version(name)}" for name in names], "code": code}
+
+
+class Peer:
+    """llm-compressor in its own environment: started at its first job, then fed line by line."""
+
+    def __init__(self, python: str | None) -> None:
+        self.python, self.process = python, None
+
+    def compress(self, entry: Entry, folder: Path, out: Path, scheme: str, size: int, tokens: Path) -> Row:
+        """Make `out` from `folder`; returns what it took."""
+        driver = HERE / "peers" / "llm_compressor.py"
+        if self.process is None:
+            words = ["nice", "-n", "5", str(self.python), "-W", "ignore", str(driver), "--serve"]
+            quiet = {"stderr": subprocess.DEVNULL, "text": True, "bufsize": 1}
+            self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **quiet)
+        knobs = [word for item in entry.options.split(",") if item for word in f"--{item}".split("=")]
+        line = ["--model", folder, "--tokens", tokens, "--out", out, "--method", entry.method, "--scheme", scheme]
+        print(shlex.join(map(str, [*line, "--group-size", size, *knobs])), file=self.process.stdin, flush=True)
+        for answer in self.process.stdout:
+            if answer.startswith("{"):
+                return json.loads(answer) | {"code": fingerprint(driver)}
+        raise SystemExit(f"the peer ended early: run {driver} by hand with the arguments {line}")
+
+
+def matches(row: Row, key: Row) -> bool:
+    """Whether a cached row is about the same run."""
+    return all(row.get(name) == value for name, value in key.items())
+
+
+def rows() -> list[Row]:
+    """All cached rows."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+
+
+def save(found: list[Row]) -> None:
+    """Write all rows, one per line, in a stable order."""
+    order = sorted(found, key=lambda r: (r["model"], r["scheme"], r["tool"], r["method"], r["options"], r["seed"] or 0))
+    fresh = RESULTS.with_suffix(".partial")
+    fresh.write_text("[\n" + ",\n".join(json.dumps(row) for row in order) + "\n]\n")
+    fresh.replace(RESULTS)
+
+
+def groups(found: list[Row]) -> Iterator[tuple[tuple[str, str, int], dict[Entry, list[Row]]]]:
+    """Rows by (model, scheme, group_size), then by entry."""
+    settings = {(row["model"], row["scheme"], row["group_size"]): None for row in found}
+    for setting in settings:
+        inside = [row for row in found if (row["model"], row["scheme"], row["group_size"]) == setting]
+        by: dict[Entry, list[Row]] = {}
+        for row in inside:
+            by.setdefault(Entry(row["tool"], row["method"], row["options"]), []).append(row)
+        yield setting, by
+
+
+def show(found: list[Row]) -> None:
+    """The table: medians over seeds, and the ratio of perplexity increases to the peer's best of the same method."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("", "seeds", "bits", "perplexity", "KL", "top-1 %", "increase / peer's", "spread"):
+        table.add_column(title, justify="left" if not title else "right", no_wrap=True)
+    for (model, scheme, size), by in groups(found):
+        float_ = next(iter(by.values()))[0]["float_perplexity"]
+        table.add_row(f"[bold]{model} {scheme} g{size}[/bold]", "", "16", f"{float_:.3f}", "0", "100", "", "")
+        for entry, runs in sorted(by.items(), key=lambda item: (item[0].method, item[0].tool, item[0].options)):
+            middle = {k: statistics.median(run[k] for run in runs) for k in ("bits", "perplexity", "kl", "top1")}
+            ratios = increases(runs, best(by, entry.method)) if entry.tool == "wherry" else []
+            ratio = f"{statistics.median(ratios):.3f}" if ratios else ""
+            spread = f"{min(ratios):.3f} to {max(ratios):.3f}" if len(ratios) > 1 else ""
+            figures = [f"{middle['bits']:.3f}", f"{middle['perplexity']:.3f}", f"{middle['kl']:.4f}"]
+            figures += [f"{100 * middle['top1']:.1f}", ratio, spread]
+            table.add_row(f"  {entry.label}", str(len(runs)), *figures)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def best(by: dict[Entry, list[Row]], method: str) -> list[Row]:
+    """The peer's runs of a method with the most seeds, then the lowest median perplexity: its best setting."""
+    peers = [runs for entry, runs in by.items() if entry.tool != "wherry" and entry.method == method]
+    return min(peers, key=lambda runs: (-len(runs), statistics.median(r["perplexity"] for r in runs)), default=[])
+
+
+def increases(ours: list[Row], theirs: list[Row]) -> list[float]:
+    """(our perplexity - float) / (theirs - float), for each seed that both have."""
+    by_seed = {row["seed"]: row["perplexity"] - row["float_perplexity"] for row in theirs}
+    return [
+        (row["perplexity"] - row["float_perplexity"]) / by_seed[row["seed"]] for row in ours if row["seed"] in by_seed
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -41,7 +41,7 @@ def plan(model: str | Path, recipe: str | None = None, formats: tuple[str, ...] 
     from wherry.recipe import Recipe
 
     checkpoint = Checkpoint.open(model)
-    return Recipe.parse(recipe or default_recipe(checkpoint)).plan(checkpoint, formats)
+    return Recipe.parse(default_recipe(checkpoint) if recipe is None else recipe).plan(checkpoint, formats)
 
 
 def inspect(model: str | Path, target: str | None = None) -> Report:
@@ -68,12 +68,14 @@ def inspect(model: str | Path, target: str | None = None) -> Report:
         count = sum(_count(checkpoint.shape(name)) for name in names)
         report.add("tensors", role, len(names), note=f"{stored}, {count:,} parameters, {names[0]} ...")
     if target:
-        from wherry.recipe import Recipe
+        from wherry.recipe import Plan, Recipe
 
-        made = Recipe.parse(default_recipe(checkpoint)).plan(checkpoint)
+        module, packed = shelf.find("formats", target), any(checkpoint.scheme(name) for name in checkpoint.names())
+        made = Plan.of(checkpoint) if packed else Recipe.parse(default_recipe(checkpoint)).plan(checkpoint)
         try:
-            notes = shelf.find("formats", target).check(made)
-            report.add("target", target, True, note=f"can hold {made.recipe}; {len(notes)} notes")
+            notes = module.check(made)
+            what = checkpoint.recipe or "these schemes" if packed else made.recipe
+            report.add("target", target, True, note=f"can hold {what}; {len(notes)} notes")
         except Error as error:
             report.add("target", target, False, note=str(error))
     return report

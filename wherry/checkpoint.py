@@ -72,17 +72,17 @@ class Safetensors:
         index = folder / INDEX
         if index.exists():
             try:
-                weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf8"))["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
+                weight_map: dict[str, str] = read_object(index)["weight_map"]
+                shards = sorted(set(map(Path, weight_map.values())))
+            except (KeyError, TypeError, AttributeError) as error:
                 raise Corrupt(f"{index} is not an index of safetensors shards: {error!r}") from error
-            shards = sorted(set(weight_map.values()))
             for shard in shards:
                 if not (folder / shard).resolve().is_relative_to(folder.resolve()):
                     raise Corrupt(f"{index} names a file outside of the folder: {shard}")
                 if not (folder / shard).exists():
                     raise Missing(f"missing shard: {folder / shard}, named by {INDEX}.\nDownload or copy it again.")
         else:
-            shards = ["model.safetensors"]
+            shards = [Path("model.safetensors")]
             if not (folder / shards[0]).exists():
                 pickled = sorted(path.name for path in folder.glob("*.bin"))
                 hint = (
@@ -275,6 +275,8 @@ class Checkpoint:
         try:
             return AutoConfig.for_model(kind, **plain)
         except Exception as error:  # each model's class has its own checks, with exceptions of many classes
+            if kind is None:
+                raise Corrupt(f"{self.path / 'config.json'} does not say its model_type") from error
             if isinstance(error, KeyError) or "model identifier" in str(error):
                 raise Unsupported(f"{self.path}: transformers does not know the model type '{kind}'") from error
             reason = " ".join(str(error).split())[:200]

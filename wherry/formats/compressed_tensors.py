@@ -129,11 +129,14 @@ class Packed:
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.plain = Safetensors(folder)
         have = set(self.plain.names())
-        groups = [
-            (group["targets"], Scheme.from_compressed_tensors(group))
-            for group in config.get("config_groups", {}).values()
-        ]
-        ignore = config.get("ignore", [])
+        try:
+            groups = [
+                (list(group["targets"]), Scheme.from_compressed_tensors(group))
+                for group in config.get("config_groups", {}).values()
+            ]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise Corrupt(f"{folder}: config.json has a junk quantization_config ({error!r})") from error
+        ignore = config.get("ignore") or []
         self.schemes: dict[str, Scheme] = {}
         for name in have:
             if name.endswith(".weight_scale"):

@@ -20,7 +20,7 @@ slow: .venv/ready                   ## the tests that take minutes
 	$(BIN)/python -m pytest -q -rs -m slow
 
 lint: .venv/ready
-	$(BIN)/ruff check wherry tests bench examples
+	$(BIN)/ruff check wherry tests bench examples docs
 
 types: .venv/ready
 	$(BIN)/mypy

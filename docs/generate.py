@@ -59,6 +59,13 @@ def own(shelf: str) -> list[tuple[str, str]]:
     return [(name, line) for name, line in names(shelf).items() if not line.startswith("from ")]
 
 
+def picture(words: dict[str, str]) -> str:
+    """The picture, with its title as the text for those who do not see it."""
+    if not DEMO.exists():
+        return ""
+    return f"![{json.loads(DEMO.read_text(encoding='utf8'))['title']}](docs/demo.svg)"
+
+
 def demo(words: dict[str, str]) -> str:
     """The two tables that `make demo` prints, and where they were measured."""
     if not DEMO.exists():
@@ -91,7 +98,7 @@ def bench(words: dict[str, str]) -> str:
 
 def render(text: str, words: dict[str, str]) -> str:
     """The page with every generated part renewed."""
-    for name, make in (("methods", methods), ("demo", demo), ("bench", bench)):
+    for name, make in (("picture", picture), ("methods", methods), ("demo", demo), ("bench", bench)):
         begin, end = f"<!-- {name}: written by docs/generate.py -->", f"<!-- end of {name} -->"
         pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.S)
         if not pattern.search(text):

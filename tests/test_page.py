@@ -184,7 +184,7 @@ def trace(html: str, rows: list[dict]) -> int:
         shown = match[1].replace(",", "")
         own, unit = rows[int(near["data-row"])].get("unit", ""), near.get("data-unit", "")
         scale = 0.01 if unit == "%" and own != "%" else SCALE.get(unit, 1)
-        assert unit in SCALE or unit in (own, "%"), (text, unit, own)
+        assert unit in SCALE or unit in ("", own, "%"), (text, unit, own)
         mantissa, _, exponent = shown.partition("e")
         step = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
         assert abs(float(shown) * scale - stored) <= 0.51 * step * scale, (text, stored)

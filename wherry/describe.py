@@ -13,7 +13,7 @@ WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
 
 
 def sizes(plan: Any, result: Path) -> Report:
-    """Rows of bytes, bits per parameter, the relative error of every weight, and the plan's remarks."""
+    """Rows of bytes, bits per parameter, and the plan's remarks."""
     report, params = Report(), plan.checkpoint.params
     report.add("recipe", "", str(plan.recipe))
     report.add("parameters", "original", params)
@@ -23,8 +23,6 @@ def sizes(plan: Any, result: Path) -> Report:
         report.add("bytes", where(artifact, result), size, "B", note="weight files")
         report.add("bits per parameter", where(artifact, result), 8 * size / params, "bits")
     for row in Artifact.open(result).manifest["plan"]:
-        if row["scheme"]:
-            report.add("weight error", row["name"], row["error"], note=f"{row['scheme']}; relative, root mean square")
         for note in row["notes"]:
             report.add("note", row["name"], note)
     return report

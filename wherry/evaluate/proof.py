@@ -72,6 +72,7 @@ def structure(
     exact: bool = True,
     allowed: Container[str] = (),
     slack_bytes: int = SLACK_BYTES,
+    errors: bool = True,
     progress: Progress = silent,
 ) -> Report:
     """Check the files and every tensor of an artifact.
@@ -84,9 +85,10 @@ def structure(
         exact: the format promises exactly the plan's weights: digests must agree.
         allowed: names that may be there beside the plan's.
         slack_bytes: what weight files may hold beside weights.
+        errors: also give a row "weight error" for each quantized tensor (measured, or as recorded).
         progress: called with (done, total, name).
 
-    Returns rows "check: ..." and, for each quantized tensor, "weight error" (measured, or as recorded).
+    Returns rows "check: ...", and the errors.
     """
     where = where or artifact.format
     report = Report()
@@ -102,7 +104,9 @@ def structure(
             seen.add(name)
             progress(len(seen), max(len(plan), len(seen)), name)
             if name in plan or not plan:
-                _tensor(name, np.asarray(tensor), plan.get(name), original, found, report, where)
+                _tensor(
+                    name, np.asarray(tensor), plan.get(name), original, found, report if errors else Report(), where
+                )
     except Error as error:
         report.add("check: readable", where, False, note=str(error))
         return report

@@ -129,7 +129,7 @@ class Page:
                 cells = [self.last.get((what, place)) for place in self.places]
                 found = [self.rows[i].unit for i in cells if i is not None]
                 if found:
-                    unit = found[0] if set(found) == {found[0]} and found[0] not in ("B", "%", "s") else ""
+                    unit = found[0] if set(found) == {found[0]} and found[0] not in ("B", "%", "s", "bits") else ""
                     lines.append((label, unit, cells))
             if lines:
                 groups.append((group, lines))

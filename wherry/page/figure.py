@@ -46,7 +46,7 @@ def number(x: float, unit: str, like: float | None = None) -> tuple[str, str]:
     if unit == "%":
         return f"{x:.1f}", unit
     if unit == "bits":
-        return f"{x:.2f}", unit
+        return f"{x:.2f}", ""
     if unit == "s" and size < 1:
         return (f"{1000 * x:,.0f}" if size >= 0.1 else f"{1000 * x:.1f}"), "ms"
     return plain(x, like), unit

@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,22 +201,29 @@ def groups(found: list[Row]) -> Iterator[tuple[tuple[str, str, int], dict[Entry,
 
 
 def show(found: list[Row]) -> None:
-    """The table: medians over seeds, and the ratio of perplexity increases to the peer's best of the same method."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("", "seeds", "bits", "perplexity", "KL", "top-1 %", "increase / peer's", "spread"):
-        table.add_column(title, justify="left" if not title else "right", no_wrap=True)
+    """The table: medians over seeds; ratios to the peer's best of the same method, over the seeds that both have."""
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    for title in ("", "seeds", "bits", "perplexity", "KL", "ratio", "spread", "KL ratio"):
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
     for (model, scheme, size), by in groups(found):
         float_ = next(iter(by.values()))[0]["float_perplexity"]
-        table.add_row(f"[bold]{model} {scheme} g{size}[/bold]", "", "16", f"{float_:.3f}", "0", "100", "", "")
+        table.add_row(f"[bold]{model} {scheme} g{size}[/bold]", "", "16", f"{float_:.3f}", "0")
         for entry, runs in sorted(by.items(), key=lambda item: (item[0].method, item[0].tool, item[0].options)):
-            middle = {k: statistics.median(run[k] for run in runs) for k in ("bits", "perplexity", "kl", "top1")}
-            ratios = increases(runs, best(by, entry.method)) if entry.tool == "wherry" else []
-            ratio = f"{statistics.median(ratios):.3f}" if ratios else ""
-            spread = f"{min(ratios):.3f} to {max(ratios):.3f}" if len(ratios) > 1 else ""
-            figures = [f"{middle['bits']:.3f}", f"{middle['perplexity']:.3f}", f"{middle['kl']:.4f}"]
-            figures += [f"{100 * middle['top1']:.1f}", ratio, spread]
-            table.add_row(f"  {entry.label}", str(len(runs)), *figures)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+            bits, perplexity, kl = (statistics.median(run[k] for run in runs) for k in ("bits", "perplexity", "kl"))
+            figures = [str(len(runs)), f"{bits:.3f}", f"{perplexity:.3f}", f"{kl:.4f}"]
+            peer = best(by, entry.method)
+            if entry.tool == "wherry" and {run["seed"] for run in runs} & {run["seed"] for run in peer}:
+                more, kls = ratios(runs, peer, increase), ratios(runs, peer, lambda run: run["kl"])
+                spread = f"{min(more):.3f}-{max(more):.3f}" if len(more) > 1 else ""
+                figures += [f"{statistics.median(more):.3f}", spread, f"{statistics.median(kls):.3f}"]
+            table.add_row(f"  {entry.label.replace('observer=', '')}", *figures)
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(table)
+    console.print(
+        "ratio: perplexity above float, ours / the peer's best setting of the same method, median over\n"
+        "calibration seeds; spread: least to most. bits: file bytes * 8 / parameters, all included.\n"
+        "KL in nats per token, medians over seeds."
+    )
 
 
 def best(by: dict[Entry, list[Row]], method: str) -> list[Row]:
@@ -225,12 +232,15 @@ def best(by: dict[Entry, list[Row]], method: str) -> list[Row]:
     return min(peers, key=lambda runs: (-len(runs), statistics.median(r["perplexity"] for r in runs)), default=[])
 
 
-def increases(ours: list[Row], theirs: list[Row]) -> list[float]:
-    """(our perplexity - float) / (theirs - float), for each seed that both have."""
-    by_seed = {row["seed"]: row["perplexity"] - row["float_perplexity"] for row in theirs}
-    return [
-        (row["perplexity"] - row["float_perplexity"]) / by_seed[row["seed"]] for row in ours if row["seed"] in by_seed
-    ]
+def increase(row: Row) -> float:
+    """Perplexity above the float model's."""
+    return float(row["perplexity"] - row["float_perplexity"])
+
+
+def ratios(ours: list[Row], theirs: list[Row], figure: Callable[[Row], float]) -> list[float]:
+    """Our figure over theirs, for each seed that both have."""
+    by_seed = {row["seed"]: figure(row) for row in theirs}
+    return [figure(row) / by_seed[row["seed"]] for row in ours if row["seed"] in by_seed]
 
 
 if __name__ == "__main__":

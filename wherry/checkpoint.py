@@ -1,7 +1,6 @@
 """Checkpoint: a trained model as files. Lazy: one tensor at a time; a module only when it is asked for."""
 
 import hashlib
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -275,10 +274,8 @@ class Checkpoint:
         try:
             return AutoConfig.for_model(kind, **plain)
         except Exception as error:  # each model's class has its own checks, with exceptions of many classes
-            if kind is None:
-                raise Corrupt(f"{self.path / 'config.json'} does not say its model_type") from error
             if isinstance(error, KeyError) or "model identifier" in str(error):
-                raise Unsupported(f"{self.path}: transformers does not know the model type '{kind}'") from error
+                raise Unsupported(f"{self.path}: transformers does not know the model_type '{kind}'") from error
             reason = " ".join(str(error).split())[:200]
             raise Corrupt(f"{self.path / 'config.json'} is no configuration of '{kind}': {reason}") from error
 
@@ -288,10 +285,10 @@ class Checkpoint:
         from transformers import AutoModel, AutoModelForCausalLM
 
         builder = AutoModelForCausalLM if self.task.kind == "text-generation" else AutoModel
-        configuration = self.hf_config
+        config = self.hf_config
         try:
             with accelerate.init_empty_weights(include_buffers=False):
-                module = builder.from_config(configuration, dtype=torch.float32)
+                module = builder.from_config(config, dtype=torch.float32)
         except Exception as error:  # each model's class fails in its own way
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise Corrupt(f"{self.path}: transformers cannot build a model by its config.json.\n{reason}") from error
@@ -314,8 +311,8 @@ class Checkpoint:
                     continue
                 raise Corrupt(f"{self.path} lacks the weight {name}, which {type(module).__name__} needs")
             if tuple(parameter.shape) != self.shape(match):
-                said = f"has shape {self.shape(match)}, its config.json says {tuple(parameter.shape)}"
-                raise Corrupt(f"{self.path}: {match} {said}.\nThe two do not belong together: get the model again.")
+                said = f"has the shape {self.shape(match)}; its config.json says {tuple(parameter.shape)}"
+                raise Corrupt(f"{self.path}: {match} {said}. Get the model again.")
             found[name] = match
         return found
 

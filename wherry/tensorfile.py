@@ -85,7 +85,7 @@ class TensorFile:
         tensor = torch.empty(entry.shape, dtype=entry.dtype)  # aligned, so that kernels sum in the same order each time
         if not tensor.numel():
             return tensor
-        data = tensor.view(-1).view(torch.uint8).numpy()
+        data = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         with open(self.path, "rb") as file:
             file.seek(entry.begin)
             if file.readinto(data) != len(data):

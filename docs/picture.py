@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from wherry import demo
+from wherry.demo import language, table
 from wherry.report import Report
 
 HERE = Path(__file__).parent
@@ -43,14 +43,14 @@ def load(folder: Path) -> dict[str, Report]:
 
 def rows(folder: Path, reports: dict[str, Report]) -> tuple[list[list[str]], list[list[str]]]:
     """The demo's own two tables, with the project's own decoder where it was there."""
-    found = demo.table(reports)
+    found = table(reports)
     for name in ("W8", "W4"):
         path = folder / f"decoder-{name.lower()}" / "report.json"
         if path.exists():
             report = Report.load(path)
             if name == "W8":
-                found.append(demo.language("own decoder, original", report, "original"))
-            found.append(demo.language(f"own decoder {name}", report, "gguf"))
+                found.append(language("own decoder, original", report, "original"))
+            found.append(language(f"own decoder {name}", report, "gguf"))
     encoders = [row for row in found if row[0].startswith("MiniLM")]
     return [row for row in found if row not in encoders], encoders
 
@@ -84,18 +84,18 @@ def draw(models: list[list[str]], encoders: list[list[str]], where: str) -> str:
         "proved in llama.cpp by make demo</text>",
     ]
     y = 92
-    for head, table, columns in (
+    for head, part, columns in (
         ("File, MB", chosen, ((2, "perplexity"), (3, "KL, nats/token"), (6, "decode tok/s"))),
         ("File, MB", encoders, ((2, "Spearman [95%]"), (3, "sentences/s"))),
     ):
-        most = max(number(row[1]) or 0 for row in table)
+        most = max(number(row[1]) or 0 for row in part)
         ends = [640, 760, 876] if len(columns) == 3 else [760, 876]
         lines.append(f'<text class="s" x="210" y="{y}">{head}</text>')
         lines += [
             f'<text class="s n" x="{x}" y="{y}">{name}</text>' for x, (_, name) in zip(ends, columns, strict=True)
         ]
         lines.append(f'<line class="rule" x1="24" x2="876" y1="{y + 8}" y2="{y + 8}"/>')
-        for row in table:
+        for row in part:
             y += 32
             width = 240 * (number(row[1]) or 0) / most
             kind = "base" if "original" in row[0] or "fp32" in row[0] or "shipped" in row[0] else "bar"

@@ -286,3 +286,20 @@ def test_version_is_the_newest_of_the_changelog() -> None:
 def test_public_names_exist() -> None:
     for name in wherry.__all__:
         assert getattr(wherry, name) is not None
+
+
+def test_verbs_outlive_modules_of_their_name() -> None:
+    """`wherry.evaluate` is a verb and a folder: Python replaces the first by the second when something imports it."""
+    code = """
+import wherry, wherry.evaluate.proof, wherry.serve.app, wherry.doctor, wherry.demo
+assert wherry.doctor().get("python").value == wherry.doctor().get("python").value
+for verb in (wherry.evaluate, wherry.serve):
+    try:
+        verb("no-such-model")
+    except wherry.Missing:
+        continue
+    raise AssertionError(verb)
+assert wherry.evaluate.proof.verdict and callable(wherry.demo)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -5,6 +5,8 @@ imported when they are first used, so that `import wherry` costs nothing and nee
 """
 
 import importlib
+import sys
+from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -29,3 +31,22 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+class _Verb(ModuleType):
+    """A module that has the name of a verb: it can be called as the verb."""
+
+    def __call__(self, *args: object, **options: object) -> object:
+        return getattr(importlib.import_module("wherry.api"), self.__name__.rpartition(".")[2])(*args, **options)
+
+
+class _Package(ModuleType):
+    """Once the folder `wherry.evaluate` is imported, Python puts it over the verb of that name; so both must work."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(value, ModuleType) and _PUBLIC.get(name) == "api":
+            value.__class__ = _Verb
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

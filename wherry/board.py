@@ -12,8 +12,8 @@ from rich.text import Text
 from wherry.page import Page
 from wherry.report import Report
 
-out = Console(width=None if sys.stdout.isatty() else 100)
-err = Console(stderr=True)
+out = Console(width=None if sys.stdout.isatty() else 100, markup=False)  # 'wherry[torch]' is no markup
+err = Console(stderr=True, markup=False)
 
 
 def render(report: Report) -> list[RenderableType]:

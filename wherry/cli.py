@@ -270,6 +270,10 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, ModuleNotFoundError):
+            found = shelf.missing(error, f"wherry {' '.join(sys.argv[1:2])}")
+            err.print(f"error: {found}", highlight=False, markup=False, soft_wrap=True)
+            sys.exit(found.code)
         if type(error).__module__.split(".")[0] in ("click", "typer"):
             said, hint, code = error.format_message(), f"wherry {' '.join(sys.argv[1:2])} --help says more.", 2  # type: ignore[attr-defined]
         else:

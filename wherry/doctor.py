@@ -16,7 +16,7 @@ from wherry.report import Report
 FEATURES = ("avx2", "f16c", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 PACKAGES = {
     "torch": "torch", "transformers": "torch", "compressed-tensors": "torch", "gguf": "gguf", "xllamacpp": "gguf",
-    "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "onnxruntime-genai": "onnx",
+    "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnxruntime", "onnxruntime-genai": "onnx",
     "scipy": "eval", "matplotlib": "eval",
 }  # fmt: skip
 

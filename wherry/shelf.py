@@ -20,7 +20,7 @@ SHELVES = ("quant", "prune", "distill", "formats", "runtimes", "evaluate", "engi
 # module that an edge file imports -> the extra of wherry that brings it
 EXTRAS = {
     "torch": "torch", "transformers": "torch", "compressed_tensors": "torch", "accelerate": "torch",
-    "gguf": "gguf", "xllamacpp": "gguf", "onnx": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx",
+    "gguf": "gguf", "xllamacpp": "gguf", "onnx": "onnx", "onnxruntime": "onnxruntime", "onnxscript": "onnx",
     "onnxruntime_genai": "onnx", "onnx_ir": "onnx", "scipy": "eval", "matplotlib": "eval",
 }  # fmt: skip
 
@@ -59,14 +59,19 @@ def find(shelf: str, name: str) -> ModuleType:
         for point in entry_points(group=f"wherry.{shelf}", name=name):
             return point.load()
     except ModuleNotFoundError as error:
-        package = (error.name or "").split(".")[0]
-        if package in ("", "wherry"):
-            raise
-        extra = EXTRAS.get(package)
-        line = f"pip install 'wherry[{extra}]'" if extra else f"pip install {package}"
-        raise Missing(f"{shelf}/{name} needs the package '{package}', which is not installed.\n{line}") from error
+        raise missing(error, f"{shelf}/{name}") from error
     known = names(shelf)
     raise Unsupported(f"no '{name}' in {shelf}{suggest(name, known)}; there are: {', '.join(known)}")
+
+
+def missing(error: ModuleNotFoundError, what: str) -> Missing:
+    """The error with its pip line. A module of our own that is not there is a fault of ours and raised as it is."""
+    package = (error.name or "").split(".")[0]
+    if package in ("", "wherry"):
+        raise error
+    extra = EXTRAS.get(package)
+    line = f"pip install 'wherry[{extra}]'" if extra else f"pip install {package}"
+    return Missing(f"{what} needs the package '{package}', which is not installed.\n{line}")
 
 
 def load(shelf: str, name: str) -> type:

@@ -246,6 +246,7 @@ def readme(card: dict[str, Any]) -> str:
         "dictionary": f"other letters, one entry in {plan['dictionary_one_in']}",
     }
     ahead, seen = gap[book]["high"] < 0, plan["steps"] * plan["bible_rows"] * plan["context"]
+    seen_entries = plan["steps"] * plan["dictionary_rows"] * plan["context"]
     lead = {"value": -gap[book]["value"], "low": -gap[book]["high"], "high": -gap[book]["low"]}
     widths = [("fp16", 16), ("W8", 8), ("W4", 4), ("W3", 3), ("W2", 2)]
     values = {
@@ -308,6 +309,7 @@ def readme(card: dict[str, Any]) -> str:
         "torch": training["torch"],
         "tokens": f"{training['tokens'] / 1e6:.2f}",
         "epochs": f"{seen / card['data']['bible']['tokens']:.1f}",
+        "dictionary_epochs": f"{seen_entries / card['data']['dictionary']['tokens']:.1f}",
         "threads": f"{training['threads']} thread{'s' if training['threads'] > 1 else ''}",
         "compiled": ", torch.compile" if training["compiled"] else "",
         "minutes": f"{training['minutes']:.0f}",

@@ -9,8 +9,9 @@ from time import perf_counter
 from wherry import shelf
 from wherry.artifact import MANIFEST, Artifact
 from wherry.errors import BadInput, Error, Missing, Unsupported
-from wherry.report import Report
+from wherry.report import Report, read_object
 from wherry.session import Sampling, Session
+from wherry.task import Task
 
 QUICK_TOKENS = 24
 
@@ -21,8 +22,10 @@ def artifacts(path: Path | str) -> list[Artifact]:
     if path.is_dir() and not (path / MANIFEST).exists() and (path / "config.json").exists():
         return [shelf.find("runtimes", "torch").wrap(path)]
     found = [Artifact.open(path)]
-    if path.is_file():  # somebody else's GGUF file: its tokenizer is read out of it
-        found = [replace(found[0], side=shelf.find("formats", "gguf").unpacked(path))]
+    if path.is_file():  # somebody else's GGUF file: its configuration and tokenizer are read out of it
+        side = shelf.find("formats", "gguf").unpacked(path)
+        task = Task.of(side, read_object(side / "config.json")).to_dict()
+        found = [replace(found[0], side=side, manifest=found[0].manifest | {"task": task})]
     if path.is_dir():
         found += [Artifact.open(file.parent) for file in sorted(path.glob(f"*/{MANIFEST}"))]
     return found

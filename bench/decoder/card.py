@@ -113,41 +113,31 @@ def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: 
     return str(tokenizer.decode(out[0, 1:], skip_special_tokens=True)).strip()
 
 
-def draw(path: Path, log: dict[str, Any], limits: dict[str, float]) -> None:
-    """Draw one question: when does the decoder pass the n-gram on the parts it was tuned by?"""
+def draw(path: Path, curve: list[list[float]], limits: dict[str, float], tokens: int) -> None:
+    """Draw one question: when does the decoder pass the best n-gram on the parts watched while training?"""
     from matplotlib import pyplot as plt
 
-    rows = np.asarray(log["search"])
+    rows = np.asarray(curve)
+    last = rows[-1, 0]
     passed = next((int(r[0]) for r in rows if r[1] < limits["search_book"]), None)
-    title = (
-        f"The decoder passes the best n-gram within {passed} steps" if passed else "The n-gram stays ahead"
-    )
+    title = f"passes the best n-gram within {passed} steps" if passed else "does not pass the best n-gram"
     plt.rcParams.update({"font.size": 10, "font.family": "sans-serif"})
     figure, axes = plt.subplots(figsize=(7, 3.6), dpi=110)
     for column, part, colour in ((1, "search_book", "#0b6bcb"), (2, "search_letter", "#666666")):
+        end = rows[-1, column]
         axes.plot(rows[:, 0], rows[:, column], color=colour, lw=2)
-        axes.axhline(limits[part], color=colour, lw=1, ls="--")
-        axes.text(
-            rows[-1, 0] * 1.01,
-            rows[-1, column],
-            f"decoder, {PARTS[part]}\n{rows[-1, column]:.2f}",
-            color=colour,
-            va="top",
-        )
-        axes.text(
-            rows[-1, 0] * 1.01,
-            limits[part],
-            f"best n-gram, {PARTS[part]}\n{limits[part]:.2f}",
-            color=colour,
-            va="bottom",
-        )
+        axes.plot([0, last], [limits[part]] * 2, color=colour, lw=1, ls="--")
+        for value, name in ((end, "decoder"), (limits[part], "best n-gram")):
+            side = "bottom" if value == max(end, limits[part]) else "top"
+            axes.text(last * 1.02, value, f"{name}, {PARTS[part]}: {value:.2f}", color=colour, va=side)
     axes.set(
-        xlabel="training steps of 4096 tokens",
+        xlabel=f"training steps of {tokens} tokens",
         ylabel="bits per byte (lower is better)",
-        xlim=(0, rows[-1, 0] * 1.3),
-        ylim=(min(1.2, rows[:, 1].min() - 0.1), min(3.2, rows[:, 1:].max() + 0.1)),
+        xlim=(0, last * 1.42),
+        ylim=(min(1.25, rows[:, 1].min() - 0.1), min(3.2, rows[:, 1:].max() + 0.1)),
     )
-    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_xticks(np.linspace(0, last, 6).round(-1))
+    axes.set_title(f"On {PARTS['search_book']} the decoder {title}", loc="left", fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path)
@@ -180,6 +170,10 @@ def write_card(
         kept = PARTS if width == 16 else ("held_out_book", "held_out_letter")
         bits[name] = {p: per_document(surprisal(one, streams[p], plan.context), streams[p]) for p in kept}
     best = {p: min(ngrams, key=lambda n: ngrams[n][p].sum()) for p in PARTS}
+    limits = {
+        p: round(float(ngrams[best[p]][p][: (m := len(glimpse(parts[p])))].sum() / sizes[p][:m].sum()), 4)
+        for p in ("search_book", "search_letter")
+    }  # on the same first documents as the training curve
     weights = out / "model" / "model.safetensors"
     card: dict[str, Any] = {
         "model": {
@@ -196,6 +190,7 @@ def write_card(
             "torch": torch.__version__,
             "machine": platform.machine(),
             "search_curve": log["search"],
+            "search_curve_best_ngram": limits,
             "last_100_losses_nats_per_token": round(float(np.mean(log["train"][-100:])), 4),
         },
         "data": {
@@ -225,14 +220,7 @@ def write_card(
         "samples": [sample(model, tokenizer, prompt) for prompt in PROMPTS],
     }
     text.write(out / "card.json", json.dumps(card, indent=1) + "\n")
-    draw(
-        out / "curve.png",
-        log,
-        {
-            p: float(ngrams[best[p]][p][: (m := len(glimpse(parts[p])))].sum() / sizes[p][:m].sum())
-            for p in ("search_book", "search_letter")
-        },
-    )
+    draw(out / "curve.png", log["search"], limits, plan.context * (plan.bible_rows + plan.dictionary_rows))
     text.write(out / "README.md", readme(card))
 
 

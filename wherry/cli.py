@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
-from wherry import __version__, board
+from wherry import __version__, board, shelf
 from wherry.board import bar, err, show
 from wherry.errors import Error
 from wherry.report import Report

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -68,12 +69,13 @@ def summary(report: Report) -> None:
 def bar() -> Iterator[Callable[[int, int, str], None]]:
     """One progress display on standard error, with time left; plain lines when there is no terminal."""
     if not err.is_terminal:
-        last: list[str] = [""]
+        said, when = "", 0.0
 
         def line(done: int, total: int, text: str) -> None:
+            nonlocal said, when
             key = text.split(".")[0]
-            if text and (key != last[0] or done == total):
-                last[0] = key
+            if text and (key != said or monotonic() - when > LINE_EVERY_S):
+                said, when = key, monotonic()
                 print(f"{done}/{total} {text}", file=sys.stderr, flush=True)
 
         yield line

@@ -15,6 +15,7 @@ from wherry.report import Report
 
 out = Console(width=None if sys.stdout.isatty() else 100, markup=False)  # 'wherry[torch]' is no markup
 err = Console(stderr=True, markup=False)
+LINE_EVERY_S = 10.0  # without a terminal, progress is a line of text, no oftener than this
 
 
 def render(report: Report) -> list[RenderableType]:

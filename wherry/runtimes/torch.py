@@ -12,6 +12,8 @@ import torch
 from wherry.artifact import Artifact
 from wherry.checkpoint import Checkpoint
 from wherry.errors import BadInput
+from wherry.ops.activation import fake_quantize
+from wherry.scheme import QTensor
 from wherry.session import Sampling, Score, Session, draw
 
 FORMATS = ("compressed_tensors", "safetensors")
@@ -50,7 +52,9 @@ class Torch:
             raise BadInput(f"--device {device}: torch sees no such device here; use cpu")
         if threads:
             torch.set_num_threads(threads)
-        self.module = checkpoint.module().to(device)
+        self.module = checkpoint.module()
+        quantize_inputs(self.module, checkpoint)
+        self.module.to(device)
         self.device, self.task, self.lock = device, checkpoint.task, threading.Lock()
         self.limit = checkpoint.task.max_length
         self.facts = {"runtime": "torch", **available(), "threads": str(torch.get_num_threads()), "device": device}
@@ -92,6 +96,19 @@ class Torch:
     def close(self) -> None:
         """Free the weights."""
         del self.module
+
+
+def quantize_inputs(module: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Round the inputs of every layer whose scheme has integer activations, as a kernel for it would."""
+    for parameter, name in checkpoint.places(module).items():
+        scheme = checkpoint.scheme(name)
+        if scheme is None or scheme.activations is None:
+            continue
+        stored = checkpoint.tensor(name)
+        assert isinstance(stored, QTensor)
+        grid = (scheme.activations, stored.activation_scale, stored.activation_zero)
+        layer = module.get_submodule(parameter.removesuffix(".weight"))
+        layer.register_forward_pre_hook(lambda _, args, grid=grid: (fake_quantize(args[0], *grid), *args[1:]))
 
 
 def wrap(path: Path) -> Artifact:

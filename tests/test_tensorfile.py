@@ -14,7 +14,7 @@ from wherry.tensorfile import DTYPES, TensorFile, write, write_pieces
 
 KINDS = {
     torch.float32: torch.randn(3, 5), torch.float16: torch.randn(7).half(), torch.bfloat16: torch.randn(2, 2).bfloat16(),
-    torch.float64: torch.randn(1, 1).double(), torch.int64: torch.arange(6).reshape(2, 3), torch.int32: torch.ones(4).int(),
+    torch.float64: torch.randn(1, 1).double(), torch.int64: torch.ones(2, 3).long(), torch.int32: torch.ones(4).int(),
     torch.int16: torch.arange(4).short(), torch.int8: torch.arange(-3, 3).char(), torch.uint8: torch.arange(9).byte(),
     torch.bool: torch.tensor([True, False]), torch.float8_e4m3fn: torch.randn(8).to(torch.float8_e4m3fn),
     torch.float8_e5m2: torch.randn(8).to(torch.float8_e5m2),

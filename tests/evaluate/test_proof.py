@@ -285,6 +285,20 @@ def test_a_group_that_was_constant_before_is_no_lost_scale():
     assert weights.lost_scales(v, scheme, w) == 1
 
 
+def test_scales_fitted_by_least_squares_pass_and_smaller_ones_do_not():
+    """Where scales minimise the error, <w, v> = <v, v>: the slope is 1 - e^2, far below rounding's, and still right."""
+    scheme = Scheme.parse("W2A16,group_size=32")
+    w = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
+    plain = weights.rounded(w, scheme, 32)[0].reshape(-1, 32)
+    groups = w.reshape(-1, 32)
+    best = (groups * plain).sum(-1, keepdims=True) / (plain * plain).sum(-1, keepdims=True) * plain
+    fitted = weights.compare(w, best.reshape(w.shape), scheme)
+    assert fitted.slope == pytest.approx(1 - fitted.error**2, abs=1e-5)
+    assert fitted.slope < 0.95
+    assert fitted.problem == ""
+    assert "scaled down" in weights.compare(w, 0.98 * best.reshape(w.shape), scheme).problem
+
+
 def test_plain_rounding_is_that_of_torch():
     w = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
     scale, zero = (w.amax(-1, keepdim=True) - w.amin(-1, keepdim=True)) / 15, None

@@ -13,7 +13,8 @@ from wherry.errors import Corrupt, Error, Exhausted, Missing
 from wherry.tensorfile import DTYPES, TensorFile, write, write_pieces
 
 KINDS = {
-    torch.float32: torch.randn(3, 5), torch.float16: torch.randn(7).half(), torch.bfloat16: torch.randn(2, 2).bfloat16(),
+    torch.float32: torch.randn(3, 5), torch.float16: torch.randn(7).half(),
+    torch.bfloat16: torch.randn(2, 2).bfloat16(),
     torch.float64: torch.randn(1, 1).double(), torch.int64: torch.ones(2, 3).long(), torch.int32: torch.ones(4).int(),
     torch.int16: torch.arange(4).short(), torch.int8: torch.arange(-3, 3).char(), torch.uint8: torch.arange(9).byte(),
     torch.bool: torch.tensor([True, False]), torch.float8_e4m3fn: torch.randn(8).to(torch.float8_e4m3fn),

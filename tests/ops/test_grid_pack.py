@@ -1,4 +1,4 @@
-"""The integer grid against compressed-tensors' rounding, portable scales against fp16 itself, packing against theirs."""
+"""The integer grid and packing against compressed-tensors' own, portable scales against fp16 itself."""
 
 import pytest
 import torch

@@ -261,8 +261,8 @@ def manifest(checkpoint: Checkpoint, main: str) -> dict[str, Any]:
 
     return {
         "wherry": __version__, "format": "compressed_tensors", "main": main, "task": checkpoint.task.to_dict(),
-        "model": checkpoint.name, "recipe": checkpoint.recipe, "source": checkpoint.origin, "license": checkpoint.license,
-        "params": checkpoint.params, "plan": checkpoint.plan,
+        "model": checkpoint.name, "recipe": checkpoint.recipe, "source": checkpoint.origin,
+        "license": checkpoint.license, "params": checkpoint.params, "plan": checkpoint.plan,
     }  # fmt: skip
 
 

@@ -65,7 +65,8 @@ class GPTQ(Pass):
         scale, zero = grid.fit(W, self.scheme, self.rounding)
         size = k // scale.shape[-1]
         H = stat.total / max(stat.tokens, 1)
-        order = torch.argsort(H.diagonal(), descending=True, stable=True) if self.actorder == "static" else torch.arange(k)
+        falling = torch.argsort(H.diagonal(), descending=True, stable=True)
+        order = falling if self.actorder == "static" else torch.arange(k)
         U, damp = inverse_factor(H[order][:, order], self.damp)
         if damp != self.damp and notes is not None:
             notes.append(f"damping raised from {self.damp:g} to {damp:g}: the Hessian was not positive definite")

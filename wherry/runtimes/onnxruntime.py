@@ -8,11 +8,12 @@ Cost:   memory: the file once, and what ONNX Runtime repacks for its kernels (ab
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -21,7 +22,8 @@ from wherry.artifact import Artifact
 from wherry.errors import BadInput, Corrupt, Error, Exhausted, Unsupported
 from wherry.session import NoGenerate, NoPredict, Sampling, Score, Session, draw
 
-CHUNK = 256  # tokens that go through the model at once; bounds the memory of logits and activations
+CHUNK = 128  # tokens that go through the model at once; bounds the memory of activations
+ROWS = 32  # rows of logits that are ranked at once
 LAST = "logits_from"
 ISA = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
 
@@ -60,7 +62,7 @@ def load(artifact: Artifact, device: str = "cpu", threads: int = 0) -> Session:
 
 
 def open_session(path: Path, threads: int) -> ort.InferenceSession:
-    """An inference session with `threads` threads, 0 = all cores."""
+    """An inference session with that many threads."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -87,11 +89,11 @@ class Loaded:
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         self.path, self.lock = artifact.main, threading.Lock()
+        threads = threads or cores()
         self.session: ort.InferenceSession | None = open_session(artifact.main, threads)
-        used = threads or physical_cores()
         self.facts = {
-            "runtime": "onnxruntime", "version": ort.__version__, "build": ort.get_build_info().split(",")[0][:80],
-            "isa": isa(), "threads": str(used), "device": "cpu", "format": "onnx",
+            "runtime": "onnxruntime", "version": ort.__version__, "build": build(),
+            "isa": isa(), "threads": str(threads), "device": "cpu", "format": "onnx",
             "activations": str(artifact.manifest.get("activations", "")),
         }  # fmt: skip
 
@@ -108,11 +110,18 @@ class Loaded:
             self.session = None
 
 
-def physical_cores() -> int:
-    """Threads that ONNX Runtime starts when it is not told: one per physical core."""
+def cores() -> int:
+    """Physical cores that this process may use, at least 1; a second thread on one core only gets in the way."""
     import psutil
 
-    return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
+
+
+def build() -> str:
+    """The wheel's commit, as it says itself."""
+    parts = [part.strip() for part in ort.get_build_info().split(",")]
+    return next((part for part in parts if "commit" in part), parts[0])
 
 
 class Encoder(Loaded, NoGenerate):
@@ -141,7 +150,9 @@ class Decoder(Loaded, NoPredict):
         self.past = {i.name: i.shape for i in session.get_inputs() if i.name.startswith("past_key_values.")}
         present = {o.name: o.shape for o in session.get_outputs() if o.name.startswith("present.")}
         if not self.past or len(present) != len(self.past):
-            raise Unsupported(f"{self.path} has no key-value cache as inputs and outputs: not a language model of this format")
+            raise Unsupported(
+                f"{self.path} has no key-value cache as inputs and outputs: not a language model of this format"
+            )
         self.facts["genai"] = genai()
         self.vocab = int(session.get_outputs()[0].shape[-1])
         self.last = any(i.name == LAST for i in session.get_overridable_initializers())
@@ -153,21 +164,28 @@ class Decoder(Loaded, NoPredict):
         return Cache(self, min(length, self.limit))
 
     def score(self, tokens: Sequence[int], top_k: int = 32) -> Score:
-        """Full logits of one window, through the cache in parts of 256 tokens."""
+        """Full logits of one window, in parts of 128 tokens. Memory: 4 bytes x tokens x vocabulary, and one part."""
         self._check(tokens)
+        if len(tokens) < 2:
+            raise BadInput("one token predicts nothing that is given: score two or more")
         ids = np.array(tokens, np.int64)
         cache = self.cache(len(ids))
-        parts = [cache.step(ids[i : i + CHUNK], every=True) for i in range(0, len(ids), CHUNK)]
-        logits = np.concatenate(parts)[:-1]
-        largest = logits.max(-1, keepdims=True)
-        total = largest + np.log(np.exp(logits - largest).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
-        given = np.take_along_axis(logits, ids[1:, None], -1) - total
-        k = min(top_k, logits.shape[-1])
-        top = np.argpartition(-logits, k - 1, -1)[:, :k] if k < logits.shape[-1] else np.argsort(-logits, -1)
-        values = np.take_along_axis(logits, top, -1) - total
-        order = np.argsort(-values, -1, kind="stable")
-        top, values = np.take_along_axis(top, order, -1), np.take_along_axis(values, order, -1)
-        return Score(given[:, 0], top, values, logits)
+        k = min(top_k, self.vocab)
+        logits = np.empty((len(ids) - 1, self.vocab), np.float32)
+        given = np.empty(len(logits), np.float32)
+        top, values = np.empty((len(logits), k), np.int64), np.empty((len(logits), k), np.float32)
+        for begin in range(0, len(ids), CHUNK):
+            part = cache.step(ids[begin : begin + CHUNK], every=True)
+            logits[begin : begin + CHUNK] = part[: len(logits) - begin]
+        for begin in range(0, len(logits), ROWS):
+            rows = slice(begin, begin + ROWS)
+            logprob = logits[rows] - logsumexp(logits[rows])
+            given[rows] = np.take_along_axis(logprob, ids[1:][rows, None], -1)[:, 0]
+            best = np.argpartition(-logprob, k - 1, -1)[:, :k]
+            order = np.argsort(-np.take_along_axis(logprob, best, -1), -1, kind="stable")
+            top[rows] = np.take_along_axis(best, order, -1)
+            values[rows] = np.take_along_axis(logprob, top[rows], -1)
+        return Score(given, top, values, logits)
 
     def generate(self, tokens: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """Yield ids one by one; the prompt is read on the first call of next()."""
@@ -204,7 +222,9 @@ class Cache:
         self.decoder, self.length, self.seen = decoder, length, 0
         self.mask = np.ones((1, length), np.int64)
         self.buffers = {n: np.zeros((1, s[1], length, decoder.width), np.float32) for n, s in decoder.past.items()}
-        self.values = {n: ort.OrtValue.ortvalue_from_numpy(b) for n, b in self.buffers.items()}  # no copy: the same memory
+        self.values = {
+            n: ort.OrtValue.ortvalue_from_numpy(b) for n, b in self.buffers.items()
+        }  # no copy: the same memory
 
     def step(self, ids: np.ndarray, every: bool = False) -> np.ndarray:
         """Feed ids int64 [n]; logits float32 [n, vocab], or [1, vocab] of the last one unless `every`."""
@@ -246,10 +266,15 @@ class Cache:
         return logits[0]
 
 
+def logsumexp(logits: np.ndarray) -> np.ndarray:
+    """Logarithm of the sum of exponentials over the last axis: [n, vocab] to [n, 1], summed in float64."""
+    largest = logits.max(-1, keepdims=True)
+    total: np.ndarray = largest + np.log(np.exp(logits - largest).sum(-1, keepdims=True, dtype=np.float64))
+    return total.astype(np.float32)
+
+
 def head_size(config: Path) -> int:
     """Numbers per attention head, from genai_config.json. Raises Corrupt when it does not say."""
-    import json
-
     try:
         return int(json.loads(config.read_text(encoding="utf8"))["model"]["decoder"]["head_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -264,4 +289,4 @@ def genai() -> str:
         return "not installed"
 
 
-__all__ = ["Any", "accepts", "available", "load"]
+__all__ = ["accepts", "available", "load"]

@@ -65,9 +65,10 @@ def save(
         if integers := proof.integer_layers(checkpoint):
             checks += proof.fused(out / MAIN, integers)
     manifest: dict[str, Any] = {
-        "wherry": __version__, "format": "onnx", "main": MAIN, "task": checkpoint.task.to_dict(), "model": checkpoint.name,
-        "recipe": checkpoint.recipe, "source": checkpoint.origin, "license": checkpoint.license, "params": checkpoint.params,
-        "plan": plan, "activations": activations, "checks": checks,
+        "wherry": __version__, "format": "onnx", "main": MAIN, "task": checkpoint.task.to_dict(),
+        "model": checkpoint.name, "recipe": checkpoint.recipe, "source": checkpoint.origin,
+        "license": checkpoint.license, "params": checkpoint.params, "plan": plan, "activations": activations,
+        "checks": checks,
     }  # fmt: skip
     return Artifact.seal(out, **manifest)
 
@@ -96,9 +97,12 @@ def command(artifact: Artifact) -> list[str]:
     """Copy-paste lines that load the result."""
     path = artifact.path
     if artifact.task.kind == "text-generation":
-        library = f"import onnxruntime_genai as og; m = og.Model('{path}'); t = og.Tokenizer(m); p = og.GeneratorParams(m)"
+        library = (
+            f"import onnxruntime_genai as og; m = og.Model('{path}'); t = og.Tokenizer(m); p = og.GeneratorParams(m)"
+        )
         lines = [
-            f"{library}; p.set_search_options(max_length=64); g = og.Generator(m, p); g.append_tokens(t.encode('Once'))",
+            f"{library}; p.set_search_options(max_length=64)",
+            "g = og.Generator(m, p); g.append_tokens(t.encode('Once'))",
             "while not g.is_done(): g.generate_next_token()",
             "print(t.decode(g.get_sequence(0)))",
         ]
@@ -106,7 +110,10 @@ def command(artifact: Artifact) -> list[str]:
         return [f'python -c "$(printf "{text}")"', f"wherry serve {path}"]
     names = ", ".join(f"{name}=..." for name in artifact.task.inputs)
     session = f"onnxruntime.InferenceSession('{artifact.main}')"
-    return [f"python -c \"import onnxruntime; s = {session}\"  # s.run(['embedding'], dict({names}))", f"wherry serve {path}"]
+    return [
+        f"python -c \"import onnxruntime; s = {session}\"  # s.run(['embedding'], dict({names}))",
+        f"wherry serve {path}",
+    ]
 
 
 __all__ = ["check", "command", "decode", "save"]

@@ -1,6 +1,6 @@
 """Codes as ONNX Runtime's block-wise operators want them (MatMulNBits, GatherBlockQuantized), and back. Numpy only.
 
-Idea:   unsigned codes u = q + 2^(bits-1), so w = scale * (u - (zero + 2^(bits-1))); the lowest bits of a byte come first.
+Idea:   unsigned codes u = q + 2^(bits-1), so w = scale * (u - (zero + 2^(bits-1))); a byte's lowest bits come first.
         3-bit codes live in 4-bit blocks; one scale per row is repeated for each block of the row. No code changes.
 Shapes: code int8 [n, k], scale [n, g], zero [n, g] -> codes uint8 [n, g, size * bits / 8], scales float32 [n, g],
         zeros uint8 [n, g], packed by rows for MatMulNBits (left out when symmetric: the default is 2^(bits-1)).
@@ -45,14 +45,18 @@ def block_size(scheme: Scheme, k: int) -> int:
     """
     powers = [1 << i for i in range(4, 9) if k % (1 << i) == 0]
     if not powers:
-        raise Unsupported(f"{k} inputs cannot be cut into blocks of {SMALLEST} or more; leave this layer out with ignore=")
+        raise Unsupported(
+            f"{k} inputs cannot be cut into blocks of {SMALLEST} or more; leave this layer out with ignore="
+        )
     if isinstance(scheme.grain, Row):
         return max(p for p in powers if p <= ROW_BLOCK)
     if isinstance(scheme.grain, Group):
         size = scheme.grain.size
         if size not in powers:
             near = min(powers, key=lambda p: abs(p - size))
-            raise Unsupported(f"group_size={size} is not a power of two from 16 to 256 that divides {k}; group_size={near} is")
+            raise Unsupported(
+                f"group_size={size} is not a power of two from 16 to 256 that divides {k}; group_size={near} is"
+            )
         return size
     raise Unsupported(f"weights per {type(scheme.grain).__name__.lower()} have no ONNX operator; use group_size=32")
 
@@ -63,7 +67,9 @@ def container(scheme: Scheme) -> int:
         raise Unsupported(f"{scheme} is not a plain integer scheme, and ONNX Runtime has no operator for it; use W4A16")
     if scheme.bits not in CONTAINER:
         near = "W4A16" if scheme.bits < 6 else "W8A16"
-        raise Unsupported(f"{scheme.bits}-bit codes have no ONNX operator (2, 3 in 4, 4 and 8 have); the nearest is {near}")
+        raise Unsupported(
+            f"{scheme.bits}-bit codes have no ONNX operator (2, 3 in 4, 4 and 8 have); the nearest is {near}"
+        )
     return CONTAINER[scheme.bits]
 
 
@@ -84,7 +90,9 @@ def blocks(tensor: QTensor) -> Blocks:
     bits, size = container(tensor.scheme), block_size(tensor.scheme, k)
     offset = 1 << (bits - 1)
     repeat = k // size // tensor.scale.shape[-1]
-    unsigned = (tensor.code.numpy() ^ -128).view(np.uint8) if bits == 8 else (tensor.code.numpy() + offset).view(np.uint8)
+    unsigned = (
+        (tensor.code.numpy() ^ -128).view(np.uint8) if bits == 8 else (tensor.code.numpy() + offset).view(np.uint8)
+    )
     scales = np.repeat(tensor.scale.numpy().astype(np.float32), repeat, axis=-1)
     zeros = None
     if tensor.zero is not None:

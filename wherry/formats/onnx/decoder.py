@@ -147,12 +147,16 @@ def place(drawing: Drawing, checkpoint: Checkpoint, level: int) -> None:
             assert ids is not None
             edit.replace(node, edit.lookup(node, ids, origin.name, value))
         else:
-            raise Unsupported(f"onnx: {origin.name} is used by {node.op_type}, which has no form with codes; leave it out with ignore=")
+            raise Unsupported(
+                f"onnx: {origin.name} is used by {node.op_type}, which has no form with codes; leave it out by ignore="
+            )
         placed.add(origin.name)
     wanted = {name for name in checkpoint.names() if checkpoint.scheme(name) is not None}
     left = sorted(wanted - placed)
     if left:
-        raise Unsupported(f"onnx: {len(left)} quantized weights have no place in the graph (the first: {left[0]}); leave them out")
+        raise Unsupported(
+            f"onnx: {len(left)} quantized weights have no place in the graph (the first: {left[0]}); leave them out"
+        )
     name_floats(drawing)
     last_rows(graph)
 
@@ -165,7 +169,7 @@ def name_floats(drawing: Drawing) -> None:
             continue
         value = graph.initializers.pop(old)
         if origin.transposed and origin.name in graph.initializers:
-            (node, _), = value.uses()
+            ((node, _),) = value.uses()
             x = node.inputs[0]
             assert x is not None
             shared = graph.initializers[origin.name]
@@ -200,7 +204,11 @@ def quiet() -> Any:
     os.environ["HF_HUB_OFFLINE"] = "1"
     level = logging.root.manager.disable
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             logging.disable(logging.ERROR)
             yield

@@ -1,4 +1,4 @@
-"""Sentence encoders as ONNX: torch.onnx.export of the module with pooling, its quantized layers drawn as ONNX operators.
+"""Sentence encoders as ONNX: torch.onnx.export of module and pooling, quantized layers drawn as ONNX operators.
 
 Idea:   every Linear and Embedding with codes is replaced by a module whose forward pass names the ONNX operators
         to write, so nothing has to be found again in the exported graph:
@@ -63,7 +63,16 @@ def operator(kind: str, *inputs: torch.Tensor, dtype: torch.dtype, shape: Any, *
 class Layer(torch.nn.Module):
     """A Linear or Embedding that writes ONNX operators. name: of its weight."""
 
-    def __init__(self, name: str, bias: torch.nn.Parameter | None = None, **tensors: torch.Tensor | np.ndarray | None) -> None:
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    rows: torch.Tensor
+    step: torch.Tensor
+    offset: torch.Tensor
+
+    def __init__(
+        self, name: str, bias: torch.nn.Parameter | None = None, **tensors: torch.Tensor | np.ndarray | None
+    ) -> None:
         super().__init__()
         self.name, self.bias = name, bias
         for key, tensor in tensors.items():
@@ -79,7 +88,7 @@ class Float(Layer):
     """A Linear that stays float: its weight is stored [k, n], as MatMul reads it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., k] to [..., n]."""
+        """X [..., k] to [..., n]."""
         return self.biased(x @ self.rows)
 
 
@@ -92,7 +101,7 @@ class Blocked(Layer):
         self.weight, self.level = weight, level
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., k] to [..., n]."""
+        """X [..., k] to [..., n]."""
         w = self.weight
         inputs = [x, self.codes, self.scales, *([] if w.zeros is None else [self.zeros])]
         facts = {"K": w.k, "N": w.n, "bits": w.bits, "block_size": w.size, "accuracy_level": self.level}
@@ -110,11 +119,13 @@ class Integer(Layer):
             offset = (weight.activation_zero.reshape(()).int() + 128).to(torch.uint8)
         scales = weight.scale.float().reshape(-1)
         zeros = torch.zeros(len(scales), dtype=torch.int8)
-        super().__init__(name, bias, codes=weight.code.T.contiguous(), scales=scales, zeros=zeros, step=step, offset=offset)
+        super().__init__(
+            name, bias, codes=weight.code.T.contiguous(), scales=scales, zeros=zeros, step=step, offset=offset
+        )
         self.dynamic = weight.activation_scale is None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., k] to [..., n]. A token's largest value gets code 127; by 2 / 255 it would lie on a tie, 127.5."""
+        """X [..., k] to [..., n]. A token's largest value gets code 127; by 2 / 255 it would lie on a tie, 127.5."""
         token = (x.abs().amax(-1, keepdim=True) * (1 / 127)).clamp(min=1e-30) if self.dynamic else None
         x = x if token is None else x / token
         q = operator("QuantizeLinear", x, self.step, self.offset, dtype=torch.uint8, shape=x.shape)
@@ -134,7 +145,7 @@ class Table(Layer):
         self.weight = weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [batch, sequence] to [batch, sequence, k]."""
+        """Ids [batch, sequence] to [batch, sequence, k]."""
         w = self.weight
         inputs = [self.codes, ids, self.scales, *([] if w.zeros is None else [self.zeros])]
         facts = {"bits": w.bits, "block_size": w.size, "gather_axis": 0, "quantize_axis": 2}
@@ -145,7 +156,7 @@ class Table(Layer):
 
 def build(checkpoint: Checkpoint, out: Path, exact: bool) -> None:
     """Write model.onnx and model.onnx.data into `out`. exact: see decoder.build."""
-    module = checkpoint.skeleton()
+    module: Any = checkpoint.skeleton()
     module.set_attn_implementation("eager")
     if hasattr(module, "pooler"):
         module.pooler = None  # a sentence embedding does not use it; its weights are left out of the file
@@ -176,7 +187,9 @@ def dress(module: torch.nn.Module, checkpoint: Checkpoint, places: dict[str, str
             layer = Float(weight, bias, rows=tensor.float().T.contiguous())
         elif tensor.scheme.activations is not None:
             if not tensor.scheme.activations.dynamic and tensor.activation_scale is None:
-                raise Unsupported(f"onnx: {weight} wants static activations, and its checkpoint holds no scale for them")
+                raise Unsupported(
+                    f"onnx: {weight} wants static activations, and its checkpoint holds no scale for them"
+                )
             layer = Integer(weight, bias, tensor)
         else:
             layer = Blocked(weight, bias, blocks(tensor), level)
@@ -194,8 +207,14 @@ def trace(module: Pooled, task: Task, places: dict[str, str]) -> ir.Model:
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
-                module, (), kwargs=inputs, dynamo=True, dynamic_shapes=task.axes, opset_version=OPSET,
-                optimize=False, verbose=False,
+                module,
+                (),
+                kwargs=inputs,
+                dynamo=True,
+                dynamic_shapes=task.axes,
+                opset_version=OPSET,
+                optimize=False,
+                verbose=False,
             )
         except Exception as error:  # the exporter raises many kinds: all of them mean that it cannot take this model
             reason = str(error.__cause__ or error).strip().split("\n")[0][:200]
@@ -237,7 +256,7 @@ def rename(graph: ir.Graph, module: Pooled, places: dict[str, str]) -> None:
             new = layers[path].removesuffix("weight") + "bias" if leaf == "bias" else layers[path] + PARTS.get(leaf, "")
             if leaf in ("step", "offset"):
                 assert value.const_value is not None
-                new = f"{leaf}_{value.const_value.numpy()!r}"
+                new = f"{leaf}_{value.const_value.numpy().item()!r}"
         else:
             new = places.get(old.removeprefix("model."), old)
         if new == old:

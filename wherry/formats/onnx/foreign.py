@@ -20,7 +20,7 @@ ROWS = 1 << 16  # blocks that are decoded at once
 
 
 def decode(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Every weight of the graph as (Hugging Face name, float32 [n, k]), those with codes by ONNX Runtime. One at a time.
+    """Every weight of the graph as (Hugging Face name, float32 [n, k]), one at a time; codes go through ONNX Runtime.
 
     Raises Corrupt when the file cannot be read, or codes hang on a node that is not known to decode them.
     """
@@ -38,7 +38,7 @@ def decode(path: Path) -> Iterator[tuple[str, np.ndarray]]:
                 load_external_data_for_tensor(tensor, str(path.parent))
                 tensor.data_location = onnx.TensorProto.DEFAULT
                 return numpy_helper.to_array(tensor)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, onnx.checker.ValidationError) as error:
                 raise Corrupt(f"{path}: tensor {name} cannot be read: {str(error)[:120]}") from error
         return numpy_helper.to_array(tensor)
 
@@ -51,7 +51,8 @@ def decode(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             done.add(name)
             if name.endswith(CODES):
                 facts = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-                yield name.removesuffix(CODES), weight(node, facts, lambda name: read(sources.get(name, name)), path)
+                value = weight(node, facts, lambda name: read(str(sources.get(name, name))), path)
+                yield name.removesuffix(CODES), value
             elif name.endswith((".weight", ".bias")):
                 yield name, read(name).astype(np.float32)
             elif name.endswith(TRANSPOSED):
@@ -79,7 +80,9 @@ def weight(node: onnx.NodeProto, facts: dict[str, Any], read: Any, path: Path) -
 def unpacked(zeros: np.ndarray, bits: int, groups: int) -> np.ndarray:
     """Packed zeros uint8 [n, bytes] to [n, groups], by onnx's own reading of a tensor of that width."""
     kind = {2: onnx.TensorProto.UINT2, 4: onnx.TensorProto.UINT4}[bits]
-    tensor = onnx.TensorProto(data_type=kind, dims=[zeros.shape[0], zeros.shape[1] * 8 // bits], raw_data=zeros.tobytes())
+    tensor = onnx.TensorProto(
+        data_type=kind, dims=[zeros.shape[0], zeros.shape[1] * 8 // bits], raw_data=zeros.tobytes()
+    )
     return numpy_helper.to_array(tensor).astype(np.uint8)[:, :groups]
 
 
@@ -94,7 +97,7 @@ def blocked(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, bit
         if zeros is not None:
             feeds["zeros"] = np.ascontiguousarray(zeros.reshape(n * g, 1)[part])
         rows = len(feeds["codes"])
-        facts = {"K": size, "N": rows, "bits": bits, "block_size": size, "accuracy_level": 0}
+        facts: dict[str, Any] = {"K": size, "N": rows, "bits": bits, "block_size": size, "accuracy_level": 0}
         node = helper.make_node("MatMulNBits", ["x", *feeds], ["y"], domain="com.microsoft", **facts)
         out[part] = run(node, feeds, np.eye(size, dtype=np.float32)).T
     return out.reshape(n, g * size)

@@ -1,4 +1,4 @@
-"""Small edits of an ONNX graph in memory, and its two files on disk. Uses onnx_ir, the library that ONNX's exporters use."""
+"""Small edits of an ONNX graph in memory, and its two files on disk. Uses onnx_ir, as ONNX's exporters do."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,12 +64,12 @@ def replace(node: ir.Node, value: ir.Value) -> None:
     inputs = [i for i in node.inputs if i is not None]
     graph.remove(node, safe=True)
     for value in inputs:
-        if value.name in graph.initializers and not value.uses() and not value.is_graph_input():
+        if value.name and value.name in graph.initializers and not value.uses() and not value.is_graph_input():
             del graph.initializers[value.name]
 
 
 def linear(before: ir.Node, x: ir.Value, name: str, weight: Blocks, level: int) -> ir.Value:
-    """x [..., k] times a blocked weight [n, k], transposed: one MatMulNBits. `name` is the weight's."""
+    """X [..., k] times a blocked weight [n, k], transposed: one MatMulNBits. `name` is the weight's."""
     graph = before.graph
     assert isinstance(graph, ir.Graph)
     inputs = [x, constant(graph, name + CODES, weight.codes), constant(graph, name + SCALES, weight.scales)]
@@ -95,8 +95,8 @@ def lookup(before: ir.Node, ids: ir.Value, name: str, weight: Blocks) -> ir.Valu
 def halve(graph: ir.Graph) -> int:
     """Give every 8-bit MatMulNBits activations of about 16 bits instead of 8. Returns how many there are.
 
-    ONNX Runtime multiplies 8-bit blocks fast only with activations rounded to int8 (accuracy level 4), each block by its
-    largest value / 127. So x = high + low, where high is exactly that rounding: its codes are whole, nothing is
+    ONNX Runtime multiplies 8-bit blocks fast only with activations rounded to int8 (accuracy level 4), each block by
+    its largest value / 127. So x = high + low, where high is exactly that rounding: its codes are whole, nothing is
     lost in it, and low is at most 1/254 of the block's largest value, so its own rounding is 254 times smaller.
     Both go through the weight as one batch of twice the size, and are added.
     """
@@ -104,12 +104,15 @@ def halve(graph: ir.Graph) -> int:
     count = 0
     for node in [n for n in graph if n.op_type == "MatMulNBits" and n.attributes["bits"].as_int() == 8]:
         x, size = node.inputs[0], node.attributes["block_size"].as_int()
-        assert x is not None and x.shape is not None, f"{node.name}: the rank of its input is not known"
+        assert x is not None
+        assert x.shape is not None, f"{node.name}: the rank of its input is not known"
         same = [0] * (len(x.shape) - 1)
         name = f"{node.name}/halves"
         if (x, size) not in done:
             parts = call(node, "Reshape", [x, integers(graph, *same, -1, size)], f"{name}/blocks")
-            largest = call(node, "ReduceMax", [call(node, "Abs", [parts], f"{name}/abs"), integers(graph, -1)], f"{name}/max")
+            largest = call(
+                node, "ReduceMax", [call(node, "Abs", [parts], f"{name}/abs"), integers(graph, -1)], f"{name}/max"
+            )
             step = call(node, "Mul", [largest, scalar(graph, 1 / 127)], f"{name}/step")
             step = call(node, "Max", [step, scalar(graph, 1e-30)], f"{name}/positive")
             whole = call(node, "Round", [call(node, "Div", [parts, step], f"{name}/div")], f"{name}/round")

@@ -31,16 +31,18 @@ def check(plan: Plan) -> dict[str, str]:
 def architecture(config: dict) -> str:
     """Name of the builder's class that draws this language model.
 
-    Raises Unsupported when none was tried, and for attention in windows, which the builder cuts otherwise than transformers.
+    Raises Unsupported when none was tried, and for attention in windows: the builder cuts them otherwise.
     """
     name = (config.get("architectures") or ["?"])[0]
     if name not in DECODERS:
         known = ", ".join(DECODERS)
-        raise Unsupported(f"{name} is not exported to ONNX; these are: {known}.\nWrite GGUF or compressed-tensors instead.")
+        raise Unsupported(
+            f"{name} is not exported to ONNX; these are: {known}.\nWrite GGUF or compressed-tensors instead."
+        )
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if window and window < config.get("max_position_embeddings", 0):
         raise Unsupported(
-            f"{name} attends in windows of {window}: the ONNX graph would give other logits beyond them (KL 5e-3 measured).\n"
+            f"{name} attends in windows of {window}: beyond them the graph gives other logits (KL 5e-3 measured).\n"
             f"Write GGUF, or set sliding_window to null in config.json for texts of up to {window} tokens."
         )
     return DECODERS[name]
@@ -75,7 +77,9 @@ def integer(scheme: Scheme, activations: Scheme, generator: bool) -> str:
     if not isinstance(scheme.grain, Row) or not scheme.symmetric:
         raise Unsupported(f"{scheme}: integer products want one symmetric scale per row; use W8A8_STATIC or W8A8")
     if not isinstance(activations.grain, Token if activations.dynamic else Tensor):
-        raise Unsupported(f"{scheme}: activations are scaled per token (dynamic) or per tensor (static); use W8A8_STATIC or W8A8")
+        raise Unsupported(
+            f"{scheme}: activations are scaled per token (dynamic) or per tensor (static); use W8A8_STATIC or W8A8"
+        )
     if activations.dynamic and not activations.symmetric:
         raise Unsupported(f"{scheme}: dynamic activations are symmetric; use W8A8")
     return ""

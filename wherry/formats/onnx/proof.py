@@ -49,7 +49,9 @@ def holds(checkpoint: Checkpoint, path: Path) -> tuple[list[dict[str, Any]], lis
         of = name.removesuffix(edit.TRANSPOSED)
         large = tensor.data_type in FLOATS and np.prod(tensor.dims, dtype=np.int64) > LARGE
         if large and of not in free and name not in CACHES and not name.endswith((edit.SCALES, ".steps")):
-            raise Corrupt(f"{path}: {name} holds {list(tensor.dims)} floats that the plan does not know: a second copy of a weight")
+            raise Corrupt(
+                f"{path}: {name} holds {list(tensor.dims)} floats that are not in the plan: a second copy of a weight"
+            )
     there = {name.removesuffix(edit.TRANSPOSED) for name in tensors} | coded
     left = sorted(free - there)
     if wrong := [name for name in left if not any(word in name for word in UNUSED)]:
@@ -62,19 +64,16 @@ def holds(checkpoint: Checkpoint, path: Path) -> tuple[list[dict[str, Any]], lis
 
 def fused(path: Path, wanted: int) -> list[dict[str, Any]]:
     """Count the operators that ONNX Runtime makes of the graph. Raises Diverged when int8 products run in float."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
     with tempfile.TemporaryDirectory() as folder:
-        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
-        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        nodes = Counter(n.op_type for n in onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node)
+        optimized = Path(folder) / "optimized.onnx"
+        open_session(path, optimized)
+        nodes = Counter(n.op_type for n in onnx.load(optimized, load_external_data=False).graph.node)
     kinds = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger")
     found = {kind: nodes[kind] for kind in kinds if nodes[kind]}
     if sum(found.values()) != wanted:
-        raise Diverged(f"{path}: {wanted} layers are planned in int8, ONNX Runtime runs {sum(found.values())} ({found}) so")
+        raise Diverged(
+            f"{path}: {wanted} layers are planned in int8, ONNX Runtime runs {sum(found.values())} ({found}) so"
+        )
     note = ", ".join(f"{count} {kind}" for kind, count in found.items())
     return [check("int8 products", wanted, "", wanted, f"of the optimized graph: {note}")]
 
@@ -84,20 +83,20 @@ def generator(checkpoint: Checkpoint, path: Path, exact: bool) -> list[dict[str,
 
     Raises Diverged above the limits, or at a value that is not a number. Cost: the module in float32 in memory.
     """
-    import onnxruntime
-
     tokens = [t for text in checkpoint.task.examples() * 2 for t in checkpoint.task.encode(text)]
     tokens = tokens[: checkpoint.task.max_length]
     with torch.no_grad():
         reference = checkpoint.module()(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].double()
     reference = torch.log_softmax(reference, -1).numpy()
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = open_session(path)
     past = {i.name: np.zeros((1, i.shape[1], 0, width(checkpoint)), np.float32) for i in session.get_inputs()[2:]}
     names = [o.name for o in session.get_outputs()]
 
     def run(part: list[int], past: dict[str, np.ndarray], seen: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         mask = np.ones((1, seen + len(part)), np.int64)
-        out = dict(zip(names, session.run(names, {"input_ids": np.array([part]), "attention_mask": mask, **past}), strict=True))
+        out = dict(
+            zip(names, session.run(names, {"input_ids": np.array([part]), "attention_mask": mask, **past}), strict=True)
+        )
         return out.pop("logits")[0], {name.replace("present", "past_key_values"): v for name, v in out.items()}
 
     whole, _ = run(tokens, past, 0)
@@ -117,6 +116,18 @@ def generator(checkpoint: Checkpoint, path: Path, exact: bool) -> list[dict[str,
     return out
 
 
+def open_session(path: Path, optimized: Path | None = None) -> Any:
+    """An ONNX Runtime session on the CPU that keeps quiet; writes the graph that it really runs to `optimized`."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
 def width(checkpoint: Checkpoint) -> int:
     """Numbers per attention head."""
     config = checkpoint.config
@@ -126,18 +137,16 @@ def width(checkpoint: Checkpoint) -> int:
 def encoder(checkpoint: Checkpoint, path: Path, exact: bool) -> list[dict[str, Any]]:
     """Compare embeddings with the decoded torch module in float64, its activations rounded as planned, at other shapes.
 
-    Where activations are rounded, a tie that falls the other way moves one code, and that sentence with it: so the median of
-    the sentences is held to the narrow limit there, and the worst to TIE.
+    Where activations are rounded, a tie that falls the other way moves one code, and that sentence with it: so the
+    median of the sentences is held to the narrow limit there, and the worst to TIE.
 
     Raises Diverged when a cosine falls below the limit, or is not a number.
     """
-    import onnxruntime
-
     task, rounding = checkpoint.task, integer_layers(checkpoint) > 0
     module = checkpoint.module()
     round_inputs(module, checkpoint)
     pooled = Pooled(module, task).eval().double()
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = open_session(path)
     words = " ".join(task.examples()).split()
     texts = [" ".join(words[i : i + n]) for n in (3, 7, len(words)) for i in range(0, len(words) - n + 1, 3)]
     distances: list[float] = []
@@ -152,10 +161,13 @@ def encoder(checkpoint: Checkpoint, path: Path, exact: bool) -> list[dict[str, A
     judged = median if rounding else worst
     if not judged <= limit or not worst <= TIE:
         raise Diverged(
-            f"{path}: embeddings differ from the decoded torch module's in cosine: median {median:.3g} (limit {limit:g}), "
-            f"worst {worst:.3g} (limit {TIE:g})"
+            f"{path}: embeddings differ from the decoded torch module's by 1 - cosine = {median:.3g} in the median "
+            f"(limit {limit:g}), {worst:.3g} in the worst (limit {TIE:g})"
         )
-    name, note = "median" if rounding else "worst", f"{len(texts)} sentences in two batches, torch with the same rounding"
+    name, note = (
+        "median" if rounding else "worst",
+        f"{len(texts)} sentences in two batches, torch with the same rounding",
+    )
     return [check("cosine distance", judged, "", limit, f"{name} of {note}; worst {worst:.2g}")]
 
 
@@ -170,7 +182,9 @@ def round_inputs(module: torch.nn.Module, checkpoint: Checkpoint) -> None:
         tensor = checkpoint.tensor(weight)
         assert isinstance(tensor, QTensor)
 
-        def rounded(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], t: QTensor = tensor) -> tuple[torch.Tensor, ...]:
+        def rounded(
+            _: torch.nn.Module, inputs: tuple[torch.Tensor, ...], t: QTensor = tensor
+        ) -> tuple[torch.Tensor, ...]:
             x = inputs[0]
             if t.activation_scale is None or t.activation_zero is None:
                 scale = (x.abs().amax(-1, keepdim=True) * (1 / 127)).clamp(min=1e-30)

@@ -11,7 +11,7 @@ let running = null;
 
 show().then((found) => {
   facts = found;
-  $("welcome").textContent = `Ask ${facts.model.name} something.`;
+  $("welcome").textContent = `Ask ${facts.model.name.replaceAll("-", "\u2011")} something.`;
   $("verdict").textContent = verdict(facts.proof.rows);
   $("temperature").value = facts.defaults.temperature ?? 0.3;
   $("longest").value = facts.defaults.max_tokens;
@@ -178,7 +178,7 @@ function rate({ first, last, tokens, zero }) {
 
 function summary(clock, finish, text) {
   const out = make("p", "", "meta");
-  const first = clock.first ? `first after ${((clock.first - clock.start) / 1000).toFixed(1)} s` : "";
+  const first = clock.first ? `first after ${((clock.first - clock.start) / 1000).toFixed(2)} s` : "";
   const ends = { length: "cut at the longest allowed", stopped: "stopped" };
   const said = [`${clock.tokens} token${clock.tokens === 1 ? "" : "s"}`, rate(clock), first, ends[finish]];
   out.append(make("span", said.filter(Boolean).join(", ")));

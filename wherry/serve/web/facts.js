@@ -1,7 +1,7 @@
 // The facts of the model and its proof, beside the page's work. Text only ever enters the page as text.
 
 const LABELS = {
-  bytes: "Size", perplexity: "Perplexity", "perplexity ratio": "Perplexity ratio", kl: "KL to the original",
+  bytes: "Weight files", perplexity: "Perplexity", "perplexity ratio": "Perplexity ratio", kl: "KL to the original",
   "top-1 agreement": "Same next token", spearman: "Spearman",
   "spearman difference": "Spearman, change",
   "embedding agreement": "Cosine with the original", prefill: "Reading speed", decode: "Writing speed",
@@ -38,7 +38,7 @@ export async function show() {
   const rows = [
     ["Format", model.format],
     ["Size", megabytes(model.bytes)],
-    ["Weights", model.params ? `${millions(model.params)} parameters` : ""],
+    ["Parameters", model.params ? millions(model.params) : ""],
     ["Stored as", model.schemes.map((s) => `${s.scheme.replace(",", ", ")} (${s.tensors} tensor${s.tensors === 1 ? "" : "s"})`).join("; ")],
     ["Recipe", model.recipe],
     ["Context", `${model.context.toLocaleString("en")} tokens`],

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "wherry"
 # module or folder of wherry/ -> its floor; the same table stands in docs/architecture.md
 FLOORS = {
     "errors": 0, "shelf": 0,
-    "scheme": 1, "report": 1, "ops": 1, "tensorfile": 1,
+    "scheme": 1, "report": 1, "ops": 1, "tensorfile": 1, "locate": 1,
     "checkpoint": 2, "artifact": 2, "task": 2,
     "recipe": 3, "session": 3, "data": 3, "journal": 3,
     "quant": 4, "formats": 4,

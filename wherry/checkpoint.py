@@ -12,6 +12,7 @@ import torch
 
 from wherry import shelf
 from wherry.errors import BadInput, Corrupt, Missing, Unsupported
+from wherry.locate import license_of, locate, name_of
 from wherry.report import read_object
 from wherry.scheme import QTensor, Scheme
 from wherry.task import Task
@@ -231,7 +232,7 @@ class Checkpoint:
             if method != "compressed-tensors":
                 raise Unsupported(f"{path} is quantized by '{method}', which is not read; give the float model")
             return shelf.find("formats", "compressed_tensors").load(path)
-        return cls(path, config, Task.of(path, config), Safetensors(path), path.resolve().name, license_of(path))
+        return cls(path, config, Task.of(path, config), Safetensors(path), name_of(path), license_of(path))
 
     def names(self) -> list[str]:
         """Names of all weights, in Hugging Face naming, layers in numeric order."""
@@ -349,40 +350,6 @@ def put(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
 def natural(name: str) -> list[tuple[int, int | str]]:
     """Sort key that puts layer 2 before layer 10."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
-
-
-def license_of(folder: Path) -> str:
-    """The `license:` of the model card's front matter, or an empty string."""
-    card = folder / "README.md"
-    if card.exists():
-        match = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf8", errors="replace")[:4000], re.M)
-        return match[1] if match else ""
-    return ""
-
-
-def locate(model: str | Path) -> Path:
-    """A local path as it is; else a hub id, downloaded (or found in the local cache).
-
-    Raises Missing with the way out when it is neither.
-    """
-    path = Path(model)
-    if path.exists():
-        return path
-    text = str(model)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or text.startswith(".") or path.parent.is_dir():
-        raise Missing(
-            f"no such model: {text}\nGive a folder with config.json, a .gguf file, or a hub id like org/name."
-        )
-    try:
-        from huggingface_hub import snapshot_download
-    except ModuleNotFoundError as error:
-        raise Missing(f"no such folder: {text}\nFor a hub id: pip install 'wherry[torch]'") from error
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "1_Pooling/*"]
-    try:
-        return Path(snapshot_download(text, allow_patterns=patterns))
-    except Exception as error:  # the hub's client raises many kinds: all of them mean that it is not to be had
-        reason = str(error).strip().split("\n")[0][:160]
-        raise Missing(f"no such model: {text} is not a folder here, and the hub did not give it.\n{reason}") from error
 
 
 def stack(module: torch.nn.Module) -> str:

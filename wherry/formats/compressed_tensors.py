@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from wherry.artifact import MANIFEST, Artifact
-from wherry.checkpoint import SIDE_FILES, Checkpoint, Safetensors, license_of, natural
+from wherry.checkpoint import SIDE_FILES, Checkpoint, Safetensors, natural
 from wherry.errors import Corrupt, Unsupported
+from wherry.locate import license_of, name_of
 from wherry.ops.grid import encode as encode_by
 from wherry.ops.pack import pack, unpack
 from wherry.recipe import Plan, Progress
@@ -219,7 +220,7 @@ def load(path: Path) -> Checkpoint:
         config,
         Task.of(path, config),
         Packed(path, config["quantization_config"]),
-        path.resolve().name,
+        name_of(path),
         license_of(path),
     )
     if (path / MANIFEST).exists():

@@ -335,10 +335,12 @@ def serve(
 
     check_port(host, port)
     session, opened, chosen = open_session(artifact, runtime, threads)
-    proof = Path(artifact) / "report.json"
-    report = Report.load(proof) if proof.is_file() else Report()
-    run(create_app(session, opened, report.extend(chosen)), host, port)
-    session.close()
+    reports = [folder / "report.json" for folder in (opened.path, opened.path.parent)]  # exports lie inside of a run
+    report = next((Report.load(file) for file in reports if file.is_file()), Report())
+    try:
+        run(create_app(session, opened, report.extend(chosen)), host, port)
+    finally:
+        session.close()
 
 
 def chat(artifact: str | Path, runtime: str = "auto", threads: int = 0) -> None:

@@ -41,7 +41,8 @@ def facts(manifest: dict[str, Any], commands: Sequence[str] = (), formats: Seque
         report.add("left as it is", reason, len(rows), "tensors", note=size_of(r["after"] for r in rows))
     recipe = manifest.get("recipe") or ""
     if recipe:
-        source = shlex.quote(str(manifest.get("source") or "MODEL"))
+        # a source may say more than its name: "model.gguf, decoded from Q4_1"
+        source = shlex.quote(str(manifest.get("source") or "MODEL").partition(", ")[0])
         more = f" --format {','.join(formats)}" if formats else ""
         report.add("made by", "", f"wherry compress {source} -o OUT --recipe {shlex.quote(recipe)}{more}")
     for i, line in enumerate(commands, 1):

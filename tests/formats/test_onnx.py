@@ -1,6 +1,7 @@
 """The ONNX format: our codes, bit for bit, as ONNX Runtime itself reads them; nothing else in the file."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import write_llama, write_tokenizer
 from wherry import data, deliver, shelf
@@ -80,13 +82,19 @@ def four(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ch
 
 @pytest.fixture(scope="module")
 def mixed(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Artifact]:
-    """A Bert with every kind of layer: static int8, int8 per token, 4-bit and 8-bit blocks, a table of codes."""
+    """A Bert with every kind of layer: static int8, int8 per token, 4-bit and 8-bit blocks, a table of codes.
+
+    Its layers are made eight times louder, or a random model's embedding would hardly depend on them.
+    """
     folder = tmp_path_factory.mktemp("mixed")
+    loud = shutil.copytree(tiny_bert, folder / "loud")
+    state = load_file(loud / "model.safetensors")
+    save_file({k: 8 * v if v.ndim == 2 and "layer." in k else v for k, v in state.items()}, loud / "model.safetensors")
     recipe = (
         "rtn:scheme=W8A8_STATIC,targets=re:.*layer.0.attention.* | rtn:scheme=W8A8,targets=re:.*layer.0.* | "
         "rtn:scheme=W4A16_ASYM,group_size=32,targets=re:.*layer.1.attention.* | rtn:scheme=W8A16,group_size=32"
     )
-    checkpoint = compressed(tiny_bert, recipe, folder / "checkpoint")
+    checkpoint = compressed(loud, recipe, folder / "checkpoint")
     return checkpoint, exported(checkpoint, folder / "onnx")
 
 

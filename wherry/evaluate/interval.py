@@ -7,6 +7,7 @@ Source: Cochran 1977, Sampling Techniques, 2.11 and 9.8 (ratio estimator, design
         Efron 1987 (BCa), by scipy.stats.bootstrap.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -88,14 +89,16 @@ def _bootstrap(data: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray
         return Interval(0.0, 0.0, 0.0)  # one and the same: no draw can tell them apart
     if len(data[0]) < 3 or not np.isfinite(value):
         return Interval(value, None, None)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        result = stats.bootstrap(
-            data, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, confidence_level=LEVEL,
-            batch=250, rng=np.random.default_rng(seed),
-        )  # fmt: skip
-    low, high = float(result.confidence_interval.low), float(result.confidence_interval.high)
-    finite = np.isfinite(low) and np.isfinite(high)
-    return Interval(value, low if finite else None, high if finite else None)
+    for method in ("BCa", "percentile"):  # BCa has no answer where (nearly) all resamples agree
+        with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+            found = stats.bootstrap(
+                data, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, confidence_level=LEVEL,
+                batch=250, rng=np.random.default_rng(seed), method=method,
+            ).confidence_interval  # fmt: skip
+        if np.isfinite(found.low) and np.isfinite(found.high):
+            return Interval(value, float(found.low), float(found.high))
+    return Interval(value, None, None)
 
 
 def _correlate(a: np.ndarray, b: np.ndarray, ranks: bool) -> np.ndarray:

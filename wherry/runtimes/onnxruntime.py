@@ -25,6 +25,8 @@ from wherry.session import NoGenerate, NoPredict, Sampling, Score, Session, draw
 CHUNK = 128  # tokens that go through the model at once; bounds the memory of activations
 ROWS = 32  # rows of logits that are ranked at once
 LAST = "logits_from"
+SPIN = False  # idle threads sleep: on a machine that others use too, spinning ones halve the speed
+SLOW = ["SkipLayerNormFusion"]  # its kernel takes 7 times as long as the Add and LayerNormalization that it fuses
 ISA = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
 
 
@@ -66,8 +68,9 @@ def open_session(path: Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(SPIN)))
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=SLOW)
     except Exception as error:  # the wheel's kinds have no common base but Exception
         raise translated(error, path) from error
 

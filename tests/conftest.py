@@ -10,6 +10,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+SKIPS_MOST = 12  # tests that may be skipped, each with a reason, where all data is absent; more is a failure
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run that skips more than the bound: a test that never runs shows nothing."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = len(reporter.stats.get("skipped", [])) if reporter else 0
+    if skipped > SKIPS_MOST:
+        reporter.write_line(
+            f"{skipped} tests skipped, at most {SKIPS_MOST} may be (SKIPS_MOST in tests/conftest.py)", red=True
+        )
+        session.exitstatus = 1
+
+
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

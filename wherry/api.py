@@ -14,6 +14,7 @@ from wherry.report import Report
 Progress = Callable[[int, int, str], None]
 Say = Callable[[str], None]
 SAMPLES, LENGTH, SEED = 64, 512, 0
+MAX_KL, MAX_RATIO = 0.5, 1.5  # it is still this model; no promise of quality
 
 
 def quiet(done: int, total: int, text: str) -> None:
@@ -146,6 +147,8 @@ def compress(
     samples: int = SAMPLES,
     length: int = LENGTH,
     seed: int = SEED,
+    max_kl: float = MAX_KL,
+    max_ratio: float = MAX_RATIO,
     device: str = "cpu",
     progress: Progress = quiet,
     say: Say = silent,
@@ -162,6 +165,7 @@ def compress(
         data_file: calibration data (.txt, .jsonl, .csv, .tsv, .npy token ids); None = the shipped text.
         evaluation: data to judge on; None = the shipped text, from another source than the calibration's.
         samples, length, seed: calibration windows, their length in tokens, and how they are drawn.
+        max_kl, max_ratio: how far an export may be from the original to pass: KL in nats/token and perplexity ratio.
         device: "cpu".
         progress: called as progress(done, total, text). say: told what was chosen by default.
 
@@ -185,7 +189,7 @@ def compress(
 
     def describe(result: Path) -> None:
         report.extend(sizes(made, result))
-        report.extend(prove_folder(result, made.checkpoint, judged, bool(formats), progress))
+        report.extend(prove_folder(result, made.checkpoint, judged, bool(formats), (max_kl, max_ratio), progress))
         write(result, out, report, stamp)
 
     deliver(made, out, formats, batches, stamp | {"judged": judged.digest if judged else None}, describe, progress)
@@ -222,6 +226,8 @@ def verify(
     data_file: str | Path | None = None,
     runtime: str = "auto",
     speed: bool = True,
+    max_kl: float = MAX_KL,
+    max_ratio: float = MAX_RATIO,
     progress: Progress = quiet,
 ) -> Report:
     """Reload an artifact on the runtime that will run it and prove it; the last row is the verdict, PASS or FAIL.
@@ -232,6 +238,7 @@ def verify(
         data_file: data to judge on; None = what the package ships.
         runtime: a name, or "auto" for the usual one of each format.
         speed: also measure speed and memory.
+        max_kl, max_ratio: how far from the original it may be: KL in nats/token and perplexity ratio.
         progress: called as progress(done, total, text).
     """
     from wherry.checkpoint import Checkpoint
@@ -243,7 +250,8 @@ def verify(
     if runtime != "auto":
         found = [a for a, _ in able(artifact, runtime)]
     items = [item(a, Path(artifact), runtime) for a in found]
-    report = prove(items, original, source, speed=speed, progress=progress)
+    limits = (max_kl, max_ratio)
+    report = prove(items, original, source, speed=speed, limits=limits, progress=progress)
     report.title = f"proof of {artifact}"
     if original is None:
         report.rows.insert(

@@ -30,6 +30,8 @@ RecipeText = Annotated[
         "--recipe", help='"METHOD:knob=value,..." (several joined by " | "), or a YAML file.', show_default=False
     ),
 ]
+MaxKl = Annotated[float, typer.Option("--max-kl", help="Fail beyond this KL from the original, in nats per token.")]
+MaxRatio = Annotated[float, typer.Option("--max-ratio", help="Fail beyond this perplexity, times the original's.")]
 DataFile = Annotated[
     Path | None, typer.Option("--data", help="Text (.txt .jsonl .csv .tsv) or token ids (.npy).", show_default=False)
 ]
@@ -90,6 +92,8 @@ def compress(
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     seed: Annotated[int, typer.Option(help="How windows are drawn.")] = 0,
+    max_kl: MaxKl = 0.5,
+    max_ratio: MaxRatio = 1.5,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the forecast; write nothing.")] = False,
     json: Json = False,
@@ -104,8 +108,9 @@ def compress(
         return
     with bar() as progress:
         report = api.compress(
-            model, out, recipe, formats, data, evaluation, device=device, progress=progress, say=_say(json), **settings
-        )
+            model, out, recipe, formats, data, evaluation, max_kl=max_kl, max_ratio=max_ratio, device=device,
+            progress=progress, say=_say(json), **settings,
+        )  # fmt: skip
     judge(report, json)
     if not json:
         _lines(out)
@@ -148,13 +153,15 @@ def verify(
     ] = None,
     data: DataFile = None,
     runtime: Runtime = "auto",
+    max_kl: MaxKl = 0.5,
+    max_ratio: MaxRatio = 1.5,
     json: Json = False,
 ) -> None:
     """Reload an artifact in the runtime that will run it, check and measure it: PASS or FAIL."""
     from wherry import api
 
     with bar() as progress:
-        report = api.verify(artifact, against, data, runtime, progress=progress)
+        report = api.verify(artifact, against, data, runtime, max_kl=max_kl, max_ratio=max_ratio, progress=progress)
     judge(report, json)
 
 

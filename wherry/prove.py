@@ -20,6 +20,8 @@ Progress = Callable[[int, int, str], None]
 WINDOWS, LENGTH = 8, 256  # of the evaluation text: 2040 predictions
 SAMPLE = "What is the capital of France?"
 CHECKPOINT = "checkpoint"
+Limits = tuple[float, float]
+LIMITS: Limits = (proof.KL_LIMIT, proof.RATIO_LIMIT)
 LOSS = 0.05  # of Spearman's correlation: it is still this model; a promise of quality is the user's to set
 RUNTIME_OF = {"compressed_tensors": "torch", "safetensors": "torch", "gguf": "llamacpp", "onnx": "onnxruntime"}
 
@@ -39,6 +41,7 @@ def prove(
     source: data.Data | None = None,
     behave: bool = True,
     speed: bool = True,
+    limits: Limits = LIMITS,
     progress: Progress = lambda done, total, text: None,
 ) -> Report:
     """All checks and measures of some artifacts, with the rows' `where` naming each.
@@ -50,6 +53,8 @@ def prove(
         source: data to judge on; None takes what the package ships.
         behave: also run each and judge what it says; without it the result is the same at every run.
         speed: also time each, in a process of its own.
+        limits: (KL in nats/token, perplexity ratio) that an artifact may be from the original, at the bad end of
+            the interval.
         progress: called as progress(done, total, text).
     """
     report = Report("proof")
@@ -83,7 +88,7 @@ def prove(
         if original is not None:
             reference = shelf.find("runtimes", "torch").over(original)
             stack.callback(reference.close)
-        judge(report, items, sessions, reference, original, source, progress)
+        judge(report, items, sessions, reference, original, source, limits, progress)
     if speed:
         exports = [item for item in items if item.where != CHECKPOINT]  # torch decodes it: its speed says nothing
         for i, item in enumerate(exports or items):
@@ -100,7 +105,7 @@ def _facts(report: Report, session: Session, where: str) -> None:
 
 def _text(
     report: Report, items: Sequence[Item], sessions: dict[str, Session], reference: Session | None, original: Any,
-    source: data.Data | None, progress: Progress,
+    source: data.Data | None, limits: Limits, progress: Progress,
 ) -> None:  # fmt: skip
     """Perplexity, KL and top-1 against the original; KL against our own checkpoint; a sample."""
     task = (original or items[0].artifact).task
@@ -126,7 +131,7 @@ def _text(
                 note = "between this runtime and torch, with the same weights: what its arithmetic adds"
                 report.rows.append(replace(row, what=f"{row.what} to the checkpoint", note=note))
     for item in items:
-        report.extend(proof.behaviour(report, item.where))
+        report.extend(proof.behaviour(report, item.where, *limits))
         prompt = task.tokenizer.encode(task.chat([{"role": "user", "content": SAMPLE}]), add_special_tokens=False).ids
         answer = list(sessions[item.where].generate(prompt, Sampling(max_tokens=32, stop=task.stop)))
         report.add("sample", item.where, task.tokenizer.decode(answer).strip() or "(nothing)", note=f"asked: {SAMPLE}")
@@ -134,7 +139,7 @@ def _text(
 
 def _pairs(
     report: Report, items: Sequence[Item], sessions: dict[str, Session], reference: Session | None, original: Any,
-    source: data.Data | None, progress: Progress,
+    source: data.Data | None, limits: Limits, progress: Progress,
 ) -> None:  # fmt: skip
     """Spearman and Pearson on sentence pairs, paired with the original's; cosine of the embeddings."""
     task = (original or items[0].artifact).task
@@ -176,9 +181,11 @@ def item(artifact: Artifact, root: Path, runtime: str = "auto") -> Item:
     return Item(artifact, RUNTIME_OF[artifact.format] if runtime == "auto" else runtime, name)
 
 
-def prove_folder(root: Path, original: Any, judged: data.Data | None, full: bool, progress: Progress) -> Report:
+def prove_folder(
+    root: Path, original: Any, judged: data.Data | None, full: bool, limits: Limits, progress: Progress
+) -> Report:
     """Prove a delivered folder and all exports in it; `full` also runs and times them, and the original."""
-    report = prove([item(a, root) for a in artifacts(root)], original, judged, full, full, progress)
+    report = prove([item(a, root) for a in artifacts(root)], original, judged, full, full, limits, progress)
     return report.extend(time_original(original)) if full else report
 
 

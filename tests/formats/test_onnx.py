@@ -1,5 +1,6 @@
 """The ONNX format: our codes, bit for bit, as ONNX Runtime itself reads them; nothing else in the file."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from tests.conftest import write_llama, write_tokenizer
 from wherry import data, deliver, shelf
 from wherry.artifact import Artifact
 from wherry.checkpoint import Checkpoint
-from wherry.errors import BadInput, Corrupt, Diverged, Unsupported
+from wherry.errors import BadInput, Corrupt, Diverged, Missing, Unsupported
 from wherry.formats.onnx import blocks, foreign, graph, legal, proof
 from wherry.ops import grid
 from wherry.recipe import Recipe
@@ -400,6 +401,21 @@ def test_architectures_that_are_not_drawn(tiny_llama: Path) -> None:
     with pytest.raises(Unsupported, match="windows of 64"):
         legal.architecture(config)
     assert legal.architecture(config | {"use_sliding_window": False}) == "MistralModel"
+
+
+def test_codes_with_activations_are_not_written_without_them(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = Recipe.parse("rtn:scheme=W8A8").plan(Checkpoint.open(tiny_llama))
+    deliver.deliver(plan, tmp_path / "c", (), [], {}, lambda result: None, quiet)
+    with pytest.raises(Unsupported, match="language models keep float activations"):
+        exported(Checkpoint.open(tmp_path / "c"), tmp_path / "onnx")
+
+
+def test_missing_package_is_said_before_any_work(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Recipe.parse("rtn:scheme=W4A16,group_size=32").plan(Checkpoint.open(tiny_llama))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime_genai" else find(name))
+    with pytest.raises(Missing, match=r"onnxruntime_genai, not installed\.\npip install 'wherry\[onnx\]'"):
+        FORMAT.check(plan)
 
 
 def test_notes_of_the_plan(tiny_llama: Path) -> None:

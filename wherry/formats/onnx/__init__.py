@@ -10,6 +10,7 @@ are the checkpoint's, bit for bit; scales are float32, because ONNX Runtime's CP
                 and another model: 5e-3 nats per token on SmolLM2-135M at W4
 """
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from wherry.artifact import Artifact
-from wherry.errors import BadInput
+from wherry.errors import BadInput, Missing
 
 if TYPE_CHECKING:  # what has been exported is decoded and run without torch
     from wherry.checkpoint import Checkpoint
@@ -31,10 +32,19 @@ def check(plan: "Plan") -> dict[str, str]:
 
     Raises:
         Unsupported: an architecture, or a tensor's scheme, that cannot be written; names the nearest that can.
+        Missing: a package that writing needs is not installed.
     """
     from wherry.formats.onnx import legal
 
+    packages(plan.task.kind)
     return legal.check(plan)
+
+
+def packages(task: str) -> None:
+    """Raise Missing, with the pip line, when a package that writing needs is not installed."""
+    wanted = ["onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai" if task == "text-generation" else "onnxscript"]
+    if absent := [name for name in wanted if importlib.util.find_spec(name) is None]:
+        raise Missing(f"formats/onnx writes with {', '.join(absent)}, not installed.\npip install 'wherry[onnx]'")
 
 
 def save(
@@ -47,6 +57,8 @@ def save(
         Corrupt, Diverged: the file did not pass its checks.
     """
     from wherry import __version__
+
+    packages(checkpoint.task.kind)
     from wherry.formats.onnx import decoder, encoder, proof
 
     if activations not in ("float32", "int8"):

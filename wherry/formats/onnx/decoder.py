@@ -24,7 +24,7 @@ from wherry.checkpoint import Checkpoint, put
 from wherry.errors import Unsupported
 from wherry.formats.onnx import graph as edit
 from wherry.formats.onnx.blocks import Blocks, blocks
-from wherry.formats.onnx.legal import architecture
+from wherry.formats.onnx.legal import architecture, integer
 from wherry.scheme import QTensor
 
 LAST = "logits_from"  # optional input: the first position whose logits are wanted; runtimes that prefill send -1
@@ -125,6 +125,8 @@ def place(drawing: Drawing, checkpoint: Checkpoint, level: int) -> None:
             return shared[name]
         tensor = checkpoint.tensor(name)
         assert isinstance(tensor, QTensor)
+        if tensor.scheme.activations is not None:
+            integer(tensor.scheme, tensor.scheme.activations, generator=True)
         value = blocks(tensor)
         if sources.count(name) > 1:
             shared[name] = value

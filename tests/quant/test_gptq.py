@@ -42,7 +42,7 @@ def test_beats_round_to_nearest(scheme: Scheme, order: str, seed: int) -> None:
 def test_white_inputs_make_it_round_to_nearest(order: str) -> None:
     w = torch.randn(16, 96)
     white = Hessian(torch.eye(96), 1)
-    ours = GPTQ(scheme=S4, damp=0.0, actorder=order).solve(w, white)
+    ours = GPTQ(scheme=S4, damp=0.0, observer="minmax", actorder=order).solve(w, white)
     assert torch.equal(ours.code, RTN(scheme=S4).solve(w).code)
 
 
@@ -50,7 +50,9 @@ def test_against_the_textbook_loop() -> None:
     """Algorithm 1 written out without blocks, permutation or lazy updates, in float64."""
     torch.manual_seed(3)
     w, x = torch.randn(8, 64).double(), correlated(300, 64).double()
-    method = GPTQ(scheme=Scheme.parse("W4A16_ASYM,group_size=32"), actorder="none", block=16, refit=False)
+    method = GPTQ(
+        scheme=Scheme.parse("W4A16_ASYM,group_size=32"), actorder="none", observer="minmax", block=16, refit=False
+    )
     ours = method.solve(w.float(), method.observe(None, x.float()))
     H = x.T @ x / len(x)
     H += 0.01 * H.diagonal().mean() * torch.eye(64)

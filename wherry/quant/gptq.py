@@ -25,6 +25,8 @@ from wherry.ops.solve import inverse_factor, refit
 from wherry.recipe import Pass
 from wherry.scheme import QTensor
 
+OBSERVERS = ("minmax", "mse", "imatrix_mse")
+
 
 class Hessian(NamedTuple):
     """A sum over tokens, so that statistics of several ranks add up: sum of x x^T, and the number of tokens."""
@@ -35,18 +37,24 @@ class Hessian(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class GPTQ(Pass):
-    """damp: added to diag(H), as a fraction of its mean. actorder: "static" or "none". refit: fit scales to codes."""
+    """damp: added to diag(H), as a fraction of its mean. actorder: "static" or "none". refit: fit scales to codes.
+
+    observer: how a group's range is found: "minmax", or by least squared error, plain ("mse") or weighted by diag(H).
+    """
 
     damp: float = 0.01
     actorder: str = "static"
     block: int = 128
     refit: bool = True
+    observer: str = "imatrix_mse"
 
     def __post_init__(self) -> None:
         if not 0 <= self.damp < math.inf:
             raise BadInput(f"gptq: damp={self.damp:g} is not a fraction; 0.01 is the usual one")
         if self.actorder not in ("static", "none"):
             raise BadInput(f"gptq: actorder={self.actorder} is not known; it is static or none")
+        if self.observer not in OBSERVERS:
+            raise BadInput(f"gptq: observer={self.observer} is not known; it is one of {', '.join(OBSERVERS)}")
         if self.block < 1:
             raise BadInput(f"gptq: block={self.block} is not a number of columns; 128 is the usual one")
 
@@ -62,9 +70,13 @@ class GPTQ(Pass):
         if stat is None:
             raise BadInput("gptq needs calibration statistics; rtn is the method without data")
         W, k = w.float().clone(), w.shape[-1]
-        scale, zero = grid.fit(W, self.scheme, self.rounding)
-        size = k // scale.shape[-1]
         H = stat.total / max(stat.tokens, 1)
+        if self.observer == "minmax":
+            scale, zero = grid.fit(W, self.scheme, self.rounding)
+        else:
+            importance = H.diagonal() if self.observer == "imatrix_mse" else None
+            scale, zero = grid.search(W, self.scheme, self.rounding, importance)
+        size = k // scale.shape[-1]
         falling = torch.argsort(H.diagonal(), descending=True, stable=True)
         order = falling if self.actorder == "static" else torch.arange(k)
         U, damp = inverse_factor(H[order][:, order], self.damp)

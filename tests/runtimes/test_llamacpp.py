@@ -188,13 +188,13 @@ def test_the_server_says_the_same_of_fewer_things(artifact: Artifact, session: S
 
 def test_the_server_gives_ctrl_c_back(artifact: Artifact) -> None:
     code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom wherry.artifact import Artifact\n"
+        "import os, signal, sys, time\nfrom pathlib import Path\nfrom wherry.artifact import Artifact\n"
         "from wherry.runtimes import llamacpp\n"
         "s = llamacpp.load(Artifact.open(Path(sys.argv[1])), threads=1, api='server')\n"
-        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    signal.pause()\n"
-        "except KeyboardInterrupt:\n    print('interrupted')\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    print('interrupted', flush=True)\n    os._exit(0)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(artifact.path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(artifact.path)], capture_output=True, text=True, timeout=180)
     assert "interrupted" in done.stdout, done.stderr
 
 

@@ -47,9 +47,9 @@ def test_a_terminal_stops_at_ctrl_c_and_leaves_at_ctrl_d(writer, monkeypatch):
     master, slave = pty.openpty()
     seen, problems = bytearray(), []
 
-    def shown(text, seconds=20.0):
+    def shown(text, seconds=120.0, times=1):
         until = time.monotonic() + seconds
-        while text not in seen.decode(errors="replace"):
+        while seen.decode(errors="replace").count(text) < times:
             if time.monotonic() > until:
                 problems.append(f"never shown: {text!r}")
                 os.write(master, b"\x04")
@@ -69,6 +69,8 @@ def test_a_terminal_stops_at_ctrl_c_and_leaves_at_ctrl_d(writer, monkeypatch):
         shown("Up the")
         os.kill(os.getpid(), signal.SIGINT)
         shown(", stopped]")
+        shown("> ", times=2)  # the next prompt
+        time.sleep(0.2)
         session.pace_s = 0.0
         os.kill(os.getpid(), signal.SIGINT)  # at the prompt it does not leave
         shown("To leave: Ctrl-D.")
@@ -84,7 +86,7 @@ def test_a_terminal_stops_at_ctrl_c_and_leaves_at_ctrl_d(writer, monkeypatch):
         for thread in threads:
             thread.start()
         chat(session, artifact, max_tokens=60, temperature=0)
-        threads[1].join(30)
+        threads[1].join(130)
     os.close(slave)
     threads[0].join(5)
     os.close(master)

@@ -62,7 +62,7 @@ def vectors_url(encoder):
         yield url
 
 
-def wait_for(what, seconds=10.0):
+def wait_for(what, seconds=60.0):
     until = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < until, "waited in vain"

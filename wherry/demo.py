@@ -57,7 +57,7 @@ def run(out: Path, progress: Progress, say: Callable[[str], None]) -> Callable[[
 
     def compressed(source: Path, name: str, recipe: str, format: str) -> Report:
         folder = out / name
-        work = partial(api.compress, source, folder, recipe, (format,), samples=32, progress=progress)
+        work = partial(api.compress, source, folder, recipe, (format,), samples=16, progress=progress)
         return once(folder, work)
 
     for i, (name, recipe) in enumerate((("W8", W8), ("W4", W4)), 2):

@@ -26,7 +26,8 @@ ERROR_MOST = 0.95  # above it nothing of the original is left
 FLOAT_ERROR = 2.0**-8  # rounding to bfloat16
 SLOPE_UP, SLOPE_UP_E2 = 0.004, 0.02  # slope above that of rounding: constant, and per squared error
 SLOPE_DOWN, SLOPE_DOWN_E2 = 0.06, 1.0  # below it: least squares gives 1 - e^2, a searched range clips more
-RETURN_MOST = 1.05  # weighted search clips layers with outliers: 1.024 on SmolLM2 at 4 bits
+RETURN_MOST = 1.006  # of the whole weight, unless the weights that no clipping touched are as after rounding
+RETURN_MORE = 0.008  # above that of rounding, over weights that no clipping touched
 PORTABLE = 2.0**-8  # a portable scale may be off by this much, each group on its own
 TINY_RANGE = 2.0**-16  # a group of smaller range may become one code: the smallest portable scale is 2^-18
 SAMPLED_ROWS = 256
@@ -91,6 +92,7 @@ def compare(w: np.ndarray, v: np.ndarray, scheme: Scheme | None) -> Comparison:
         most = FLOAT_ERROR if scheme is None else ERROR_MOST
         return Comparison(error, most, slope, 1 - most, 1 + most, back, 1 / (1 - most))
     plain, step = rounded(w, scheme, group)
+    clipped = inside(w, v, group) <= inside(w, plain, group) + RETURN_MORE  # what is missing was cut off, not scaled
     grid = float(np.sqrt(_dot(step, step) * group / 12 / norm))
     centre = _dot(w, plain) / norm
     chance = 2 * error / np.sqrt(w.size) + PORTABLE / np.sqrt(step.size)
@@ -98,8 +100,16 @@ def compare(w: np.ndarray, v: np.ndarray, scheme: Scheme | None) -> Comparison:
         error, min(ERROR_MOST, ERROR_FACTOR * grid + ERROR_FLOOR),
         slope, centre - SLOPE_DOWN - SLOPE_DOWN_E2 * error**2 - chance,
         centre + SLOPE_UP + SLOPE_UP_E2 * error**2 + chance,
-        back, RETURN_MOST + chance,
+        back, float("inf") if clipped else RETURN_MOST + chance,
     )  # fmt: skip
+
+
+def inside(w: np.ndarray, v: np.ndarray, group: int) -> float:
+    """<w, v> / <v, v> over the weights that are not at an end of their group's range: clipping does not move it."""
+    x, y = w.reshape(-1, group), v.reshape(-1, group)
+    mask = (y < y.max(1, keepdims=True)) & (y > y.min(1, keepdims=True))
+    length = _dot(y[mask], y[mask])
+    return _dot(x[mask], y[mask]) / length if length else 1.0
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# a shell that starts the tests in the background has interrupts ignored, here and in every process that a test starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SKIPS_MOST = 12  # tests that may be skipped, each with a reason, where all data is absent; more is a failure
 

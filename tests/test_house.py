@@ -17,7 +17,8 @@ PACKAGE = ROOT / "wherry"
 # module or folder of wherry/ -> its floor; the same table stands in docs/architecture.md
 FLOORS = {
     "errors": 0, "shelf": 0,
-    "scheme": 1, "report": 1, "ops": 1, "tensorfile": 1, "locate": 1,
+    "scheme": 1, "report": 1, "ops": 1, "tensorfile": 1, "locate": 1, "image": 1, "audio": 1,
+    "table": 1, "label": 1,
     "checkpoint": 2, "artifact": 2, "task": 2,
     "recipe": 3, "session": 3, "data": 3, "journal": 3,
     "quant": 4, "formats": 4,
@@ -32,7 +33,7 @@ BLIND = {"serve": ("runtimes", "engine", "quant"), "evaluate": ("runtimes", "eng
 UPWARDS = {("api.py", "demo"): "a verb of the public interface whose work is a script over all other verbs"}
 HEAVY = (
     "torch", "onnx", "onnxruntime", "onnxruntime_genai", "openvino", "ray", "tensorflow", "transformers", "xllamacpp",
-    "gguf", "compressed_tensors", "scipy", "matplotlib",
+    "gguf", "compressed_tensors", "scipy", "matplotlib", "sklearn", "PIL", "av", "soundfile", "pyarrow", "captum",
 )  # fmt: skip
 LINES, LINES_QUANT, LINES_CLI = 400, 200, 300
 VAGUE = {"utils", "util", "base", "common", "helper", "helpers", "manager", "handler", "factory", "misc"}

@@ -4,29 +4,53 @@ It is found once, when a model is opened, stored as `task.json` with the checkpo
 manifest, and used by calibration, evaluation and serving alike, so that all of them see the same inputs.
 """
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from wherry import audio, image
+from wherry import label as label_
 from wherry.errors import BadInput, Corrupt, Missing, Unsupported
 from wherry.report import read_object
+from wherry.shelf import suggest
 
+CLASSES = ("accuracy", "top-5 accuracy", "macro precision", "macro recall", "macro f1")
 KINDS = {
     "text-generation": ("perplexity", "kl", "top-1 agreement"),
     "sentence-similarity": ("spearman", "pearson"),
+    "text-classification": CLASSES,
+    "token-classification": ("token f1", "entity f1"),
+    "image-classification": CLASSES,
+    "object-detection": ("map", "map at 0.5"),
+    "automatic-speech-recognition": ("word error rate", "character error rate"),
+    "audio-classification": CLASSES,
+    "voice-activity-detection": ("frame f1", "frame precision", "frame recall"),
+    "translation": ("bleu", "chrf", "rouge-l", "exact match"),
+    "feature-extraction": ("relative difference",),
 }
+WRITES = ("automatic-speech-recognition", "translation")  # an encoder and a decoder that writes ids one by one
+WRITER_KEYS = ("start", "most", "suppress")
+MODALITIES = {
+    "image-classification": "image", "object-detection": "image", "automatic-speech-recognition": "audio",
+    "audio-classification": "audio", "voice-activity-detection": "audio",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Task:
     """kind is a name of the Hugging Face hub's tasks; folder holds the tokenizer's files.
 
+    labels: names of the classes in the order of the logits. outputs: names of the graph's outputs, the answer first.
+    processor: how raw examples become inputs; keys: `image.KEYS` for pictures, `audio.KEYS` for sounds; for tasks
+        that write, `start`: ids that an answer begins with, `most`: ids of an answer at most, `suppress`: ids never
+        written.
     axes: {input name: {axis: symbol}}, the dynamic axes of the inputs, for graph exports.
-    training, search, held_out: names of the data that were used for fitting, for choosing, for judging;
-        kept apart so that leakage can be tested.
+    training, search, held_out: the data that were used for fitting, for choosing, for judging, each as
+        "NAME sha256:DIGEST"; kept apart so that leakage can be tested.
     """
 
     kind: str
@@ -35,6 +59,9 @@ class Task:
     pooling: str = ""  # "mean" or "cls"; only for sentence-similarity
     normalize: bool = False  # unit length of the embedding
     inputs: tuple[str, ...] = ("input_ids",)
+    outputs: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    processor: dict[str, Any] = field(default_factory=dict, hash=False)
     training: tuple[str, ...] = ()
     search: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
@@ -45,9 +72,33 @@ class Task:
         return KINDS[self.kind]
 
     @property
+    def modality(self) -> str:
+        """What raw examples are: "text", "image", "audio", or "arrays" by input name."""
+        if self.kind == "feature-extraction":
+            if "size" in self.processor:
+                return "image"
+            return "audio" if "sampling_rate" in self.processor else "text" if self.pooling else "arrays"
+        return MODALITIES.get(self.kind, "text")
+
+    @property
     def axes(self) -> dict[str, dict[int, str]]:
         """Dynamic axes of each input."""
-        return {name: {0: "batch", 1: "sequence"} for name in self.inputs}
+        fixed = self.modality in ("image", "arrays") or self.processor.get("frames")
+        last = {} if fixed else {1 if self.modality == "text" else -1: "sequence"}
+        return {name: {0: "batch", **last} for name in self.inputs}
+
+    def used(self, field_name: str, name: str, digest: str) -> "Task":
+        """The same task with one data set more in `training`, `search` or `held_out`."""
+        entry = f"{name} sha256:{digest}"
+        changed: Any = {field_name: tuple(dict.fromkeys((*getattr(self, field_name), entry)))}
+        return replace(self, **changed)
+
+    def leak(self, digest: str) -> str:
+        """Where data of this digest was used to make the model: "training", "search", or "" where it was not."""
+        for name in ("training", "search"):
+            if digest and any(entry.endswith(f"sha256:{digest}") for entry in getattr(self, name)):
+                return name
+        return ""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -74,39 +125,116 @@ class Task:
             config["chat_template"] = template.read_text(encoding="utf8")
         return config
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str | tuple[str, str]) -> list[int]:
         """Token ids of plain text: for generators without special tokens, for encoders with them, cut to max_length."""
-        special = self.kind != "text-generation"
-        tokenizer = self.tokenizer
+        return self._encoding(text).ids
+
+    def _encoding(self, text: str | tuple[str, str] | list[str]) -> Any:
+        """Of a text, of two texts, or of words (a list)."""
+        special, tokenizer = self.kind != "text-generation", self.tokenizer
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        ids = tokenizer.encode(text, add_special_tokens=special).ids
-        if special and len(ids) > self.max_length:
+        parts = text if isinstance(text, tuple) else (text,)
+        words = isinstance(text, list)
+        found = tokenizer.encode(*parts, is_pretokenized=words, add_special_tokens=special)
+        if special and len(found.ids) > self.max_length:
             tokenizer.enable_truncation(self.max_length)
-            ids = tokenizer.encode(text).ids
-        return ids
+            found = tokenizer.encode(*parts, is_pretokenized=words)
+            tokenizer.no_truncation()
+        return found
 
-    def batch(self, texts: list[str]) -> dict[str, np.ndarray]:
-        """Padded int64 inputs [batch, longest] by input name, for encoders."""
-        return self.pad([self.encode(text) for text in texts])
+    def batch(self, texts: list[Any]) -> dict[str, np.ndarray]:
+        """Padded int64 inputs [batch, longest] by input name, for encoders, of texts or pairs of texts."""
+        found = [self._encoding(text) for text in texts]
+        return self.pad([each.ids for each in found], [each.type_ids for each in found])
 
-    def pad(self, rows: list[list[int]]) -> dict[str, np.ndarray]:
+    def pad(self, rows: list[list[int]], types: list[list[int]] | None = None) -> dict[str, np.ndarray]:
         """The same from token ids, one row per text."""
         width = max(len(row) for row in rows)
-        pad = self.tokenizer.token_to_id(self.tokenizer_config.get("pad_token") or "[PAD]") or 0
+        pad = self.tokenizer.token_to_id(_token_text(self.tokenizer_config.get("pad_token")) or "[PAD]") or 0
         ids = np.full((len(rows), width), pad, dtype=np.int64)
-        mask = np.zeros((len(rows), width), dtype=np.int64)
+        mask, kinds = np.zeros_like(ids), np.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = row
             mask[i, : len(row)] = 1
-        every = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-        return {name: every[name] for name in self.inputs}
+            kinds[i, : len(row)] = 0 if types is None else types[i]
+        every = {"input_ids": ids, "attention_mask": mask, "token_type_ids": kinds}
+        try:
+            return {name: every[name] for name in self.inputs}
+        except KeyError as error:
+            raise Unsupported(
+                f"a text cannot become the input '{error.args[0]}': {', '.join(every)} it can.\n"
+                "Mend `inputs` of task.json, or give arrays by input name (.npz)."
+            ) from error
 
-    def answer(self, outputs: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """Outputs to answer: the pooled sentence embedding [batch, width].
+    def prepare(self, examples: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Raw examples to one batch of inputs by name.
 
-        An exported graph may do the pooling itself: then its output is named `embedding`.
+        Args:
+            examples: of one sort: {input name: array} without the batch axis (any task); text or (text, text); a
+                picture, see `image.load`; a sound, see `audio.load`.
+
+        Raises:
+            BadInput: none, or not what the task takes, or undecodable; names it.
         """
+        if not len(examples):
+            raise BadInput("no examples to prepare")
+        if isinstance(examples[0], dict):
+            return self._stacked(examples)
+        if self.modality == "image":
+            return {self.inputs[0]: image.prepare(examples, self.processor)}
+        if self.modality == "audio":
+            batch, mask = audio.prepare(examples, self.processor)
+            return {self.inputs[0]: batch} | {name: mask for name in self.inputs[1:] if name.endswith("attention_mask")}
+        words = self.kind == "token-classification"
+        for example in examples:
+            text = isinstance(example, str) or isinstance(example, tuple) and all(isinstance(e, str) for e in example)
+            if not (text or words and isinstance(example, list)):
+                raise BadInput(
+                    f"{self.kind} takes {'words' if words else 'texts'}, not {type(example).__name__}: {example!r:.50}"
+                )
+        if self.modality == "arrays":
+            raise BadInput(f"this model takes arrays by input name ({', '.join(self.inputs)}): give an .npz file")
+        return self.batch(list(examples))
+
+    def _stacked(self, examples: Sequence[Any]) -> dict[str, np.ndarray]:
+        out = {}
+        for name in self.inputs:
+            try:
+                out[name] = np.stack([np.asarray(example[name]) for example in examples])
+            except KeyError as error:
+                given = ", ".join(examples[0])
+                raise BadInput(f"the model's input '{name}' is not in the data, which has {given}") from error
+            except (ValueError, TypeError) as error:
+                raise BadInput(f"examples of '{name}' have different shapes: {error}") from error
+        return out
+
+    def main(self, outputs: dict[str, np.ndarray]) -> np.ndarray:
+        """The output that holds the answer: the first of `outputs`, else "logits", else the only one."""
+        for name in (*self.outputs[:1], "logits"):
+            if name in outputs:
+                return outputs[name]
+        if len(outputs) == 1 or not self.outputs:
+            return next(iter(outputs.values()))
+        raise BadInput(f"the model has no output '{self.outputs[0]}', it has {', '.join(outputs)}: mend task.json")
+
+    def answer(self, outputs: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> Any:
+        """Outputs to answer, one per example.
+
+        Classification: index of the class int64 [batch]. Token classification: [batch, sequence]. Sentence similarity:
+        the pooled embedding [batch, width]; an exported graph may do the pooling itself: then its output is named
+        `embedding`. Others: the main output as it is.
+        """
+        if self.kind in ("text-classification", "image-classification", "audio-classification", "token-classification"):
+            scores = self.main(outputs)
+            axes = 3 if self.kind == "token-classification" else 2
+            if scores.ndim != axes or self.labels and scores.shape[-1] != len(self.labels):
+                raise BadInput(
+                    f"the model gives {list(scores.shape)}, task.json names {len(self.labels)} labels: they must agree"
+                )
+            return scores.argmax(-1)
+        if self.kind != "sentence-similarity":
+            return self.main(outputs)
         if "embedding" in outputs:
             return outputs["embedding"]
         hidden = outputs["last_hidden_state"]
@@ -119,9 +247,33 @@ class Task:
             pooled = pooled / np.maximum(np.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
         return pooled
 
-    def examples(self) -> list[str]:
-        """Two raw examples of unequal length, for tracing and for a first check of an export."""
-        return ["A wherry is a light boat.", "It carries cargo where big ships cannot go, up the shallow rivers."]
+    def target(self, label: Any, place: str) -> Any:
+        """A label of the data as this task understands it: an index, a number, a text, ...; see `label.fit`.
+
+        Raises:
+            BadInput: it does not fit; `place` (file:line) stands in the message.
+        """
+        return label_.fit(label, self.kind, self.labels, place)
+
+    def examples(self) -> list[Any]:
+        """Two raw examples for tracing and for a first check of an export, of unequal length where that may be.
+
+        Texts; noise of the right size as a picture; one and two seconds of noise. Seeded.
+
+        Raises:
+            Unsupported: the model takes arrays by name, of which nothing is known.
+        """
+        rng = np.random.default_rng(0)
+        if self.modality == "image":
+            size = image.pair(self.processor.get("size"), "size")
+            return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for _ in range(2)]
+        if self.modality == "audio":
+            rate = int(self.processor.get("sampling_rate", 16000))
+            return [(0.1 * rng.standard_normal(seconds * rate)).astype(np.float32) for seconds in (1, 2)]
+        if self.modality == "arrays":
+            raise Unsupported("this model takes arrays by input name; there are no examples of its own: give data")
+        texts = ["A wherry is a light boat.", "It carries cargo where big ships cannot go, up the shallow rivers."]
+        return [text.split() for text in texts] if self.kind == "token-classification" else texts
 
     def chat(self, messages: list[dict[str, str]]) -> str:
         """The prompt of a conversation by the model's own chat template; `role: text` lines when it has none."""
@@ -163,6 +315,12 @@ class Task:
         known: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in cls.__dataclass_fields__
         }
+        if not isinstance(known.get("processor", {}), dict):
+            raise Corrupt(f"the processor of {folder} must be an object, not {known['processor']!r:.60}")
+        keys = (*image.KEYS, *audio.KEYS, *WRITER_KEYS)
+        for key in known.get("processor", {}):
+            if key not in keys:
+                raise BadInput(f"task.json: no '{key}' in a processor{suggest(key, keys)}; known: {', '.join(keys)}")
         return cls(**known, folder=Path(folder))
 
     @classmethod

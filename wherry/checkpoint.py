@@ -194,10 +194,11 @@ class Checkpoint:
     origin: str = ""  # what it was made from, as a person would say it
     plan: list[dict[str, Any]] = field(default_factory=list)
     recipe: str = ""
+    graph: Any = None  # of a model that is an ONNX graph: its source, which has the graph too
 
     @classmethod
     def open(cls, model: str | Path) -> "Checkpoint":
-        """Open a Hugging Face folder, a LoRA adapter's folder, a GGUF file, or a hub id where there is a network.
+        """Open a Hugging Face folder, a LoRA adapter's folder, a GGUF or ONNX file, or a hub id where there is a network.
 
         Raises:
             Missing: no such model, missing shard, no network.
@@ -208,7 +209,9 @@ class Checkpoint:
         if path.is_file():
             if path.suffix == ".gguf":
                 return shelf.find("formats", "gguf").load(path)
-            raise BadInput(f"{path} is not a model: give a folder with config.json, a .gguf file, or a hub id")
+            if path.suffix == ".onnx":
+                return shelf.find("formats", "onnx").load(path)
+            raise BadInput(f"{path} is not a model: give a folder with config.json, a .gguf or .onnx file, or a hub id")
         if (path / "adapter_config.json").exists():
             config = read_object(path / "adapter_config.json")
             if not isinstance(config.get("base_model_name_or_path"), str):
@@ -220,6 +223,8 @@ class Checkpoint:
             base.name, base.origin = path.resolve().name, f"{base.name} with the adapter {path.resolve().name}"
             return base
         file = path / "config.json"
+        if not file.exists() and (path / "model.onnx").exists():
+            return shelf.find("formats", "onnx").load(path)
         if not file.exists():
             inner = sorted(path.glob("*.gguf"))
             if len(inner) == 1:

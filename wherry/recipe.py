@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -36,6 +36,10 @@ class Pass:
     embedding: scheme of the embedding and of the head, which share it when they are tied; "keep" leaves them.
     portable: round scales to 7 significant bits so that every format holds exactly the same weights.
     targets, ignore: layer names (`model.layers.0.mlp.up_proj`), or patterns after `re:`; several joined by `;`.
+    activation_observer: how static ranges of activations are found: mse, minmax, percentile, entropy. ONNX graphs only,
+        as the next two.
+    bias_correction: take what rounding the weights adds to a layer's mean output from its bias.
+    attention: also round the inputs of products of two activations.
     """
 
     scheme: Scheme = PRESETS["W4A16"]
@@ -43,6 +47,9 @@ class Pass:
     portable: bool = True
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
+    activation_observer: Literal["mse", "minmax", "percentile", "entropy"] = "mse"
+    bias_correction: bool = False
+    attention: bool = False
 
     def solve(self, w: torch.Tensor, stat: Any = None, notes: list[str] | None = None) -> QTensor:
         """Codes for the weight w [..., n, k]; stat is what `observe` gathered, or None; remarks go into `notes`."""
@@ -125,6 +132,8 @@ def coerce(method: str, name: str, value: Any, kind: Any) -> Any:
             raise BadInput(
                 f"{method}: {name}={value} is not {'a whole number' if kind is int else 'a number'}"
             ) from error
+    if get_origin(kind) is Literal and str(value) not in get_args(kind):
+        raise BadInput(f"{method}: {name}={value} is none of {', '.join(get_args(kind))}{suggest(str(value), get_args(kind))}")
     if get_args(kind)[:1] == (str,):
         return tuple(value) if isinstance(value, list | tuple) else tuple(str(value).split(";"))
     return str(value)
@@ -234,18 +243,22 @@ class Recipe:
             if role != "linear" and step.embedding == "keep":
                 reasons.append("embedding=keep")
                 continue
-            scheme = step.scheme if role == "linear" else Scheme.parse(step.embedding)
+            scheme = step.scheme if role in MULTIPLIED else Scheme.parse(step.embedding)
+            if checkpoint.graph is not None:
+                scheme, note = in_graph(scheme, role, step)
             try:
                 scheme.scales_per_row(shape[-1])
             except BadInput as error:
-                if role != "linear":
+                if role not in MULTIPLIED:
                     reasons.append(str(error))
                     continue
                 raise BadInput(f"{name}: {error}") from error
             scale_bytes = 4 if scheme.bits > 4 or not step.portable else 2
             after = scheme.bytes(shape, scale_bytes)
             notes: tuple[str, ...] = ()
-            if role != "linear":
+            if checkpoint.graph is not None:
+                notes = (note,) if note else ()
+            elif role != "linear":
                 after = 2 * torch.Size(shape).numel()  # what transformers can load is float: exact values in fp16
                 notes = (f"{scheme}, rounded to nearest; held in the checkpoint as fp16 of exactly these values",)
             elif step.calibrated and why == OUTSIDE:
@@ -254,7 +267,8 @@ class Recipe:
         return dataclasses.replace(row, reason="; ".join(reasons))
 
 
-QUANTIZABLE = ("linear", "embedding", "head")
+MULTIPLIED = ("linear", "convolution", "recurrent")
+QUANTIZABLE = (*MULTIPLIED, "embedding", "head")
 OUTSIDE = "outside of the blocks"
 QUANTIZED = "already quantized"
 
@@ -334,8 +348,23 @@ class Plan:
         return [row for row in self.rows if row.scheme and (step is None or self.recipe.steps[row.step] is step)]
 
 
+def in_graph(scheme: Scheme, role: str, step: Pass) -> tuple[Scheme, str]:
+    """The scheme that a weight of an ONNX graph gets, and a remark where it is not the one asked for."""
+    if role == "linear":
+        dynamic = scheme.activations is not None and scheme.activations.dynamic
+        return scheme, "ONNX finds the scale of a dynamic input once for the whole input, not per token" if dynamic else ""
+    row = PRESETS["W8A16"].with_group(-1)
+    if role == "convolution" and scheme.activations is not None:
+        return scheme, ""
+    if role == "recurrent" and scheme.activations is not None:
+        return row, f"no integer product of recurrent layers: {row}, computed in float"
+    return row, "" if row == scheme else f"{row} in place of {scheme}: ONNX has no blocks for a {role} weight"
+
+
 def roles(checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
     """(name, role, reason to leave it alone or "") of every tensor, found from the module's structure on meta."""
+    if checkpoint.graph is not None:
+        return checkpoint.graph.roles()
     module = checkpoint.skeleton()
     inside = stack(module) + "."
     places = checkpoint.places(module)

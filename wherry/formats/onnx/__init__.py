@@ -85,6 +85,14 @@ def save(
     return Artifact.seal(out, **manifest)
 
 
+def load(path: Path) -> "Checkpoint":
+    """Open an .onnx file, or the folder that holds model.onnx, as a Checkpoint whose `graph` is the graph. See source.py."""
+    packages("")
+    from wherry.formats.onnx import source
+
+    return source.load(path)
+
+
 def side_files(checkpoint: "Checkpoint", out: Path) -> None:
     """Copy tokenizer and generation config; write config.json without its quantization and the task."""
     from wherry.checkpoint import SIDE_FILES
@@ -128,4 +136,4 @@ def command(artifact: Artifact) -> list[str]:
     ]
 
 
-__all__ = ["check", "command", "decode", "save"]
+__all__ = ["check", "command", "decode", "load", "save"]

@@ -17,7 +17,7 @@ CODES, SCALES, ZEROS, TRANSPOSED = ".codes", ".scales", ".zeros", ".transposed"
 def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """The initializer of that name; made from the array when there is none yet."""
     if name not in graph.initializers:
-        tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+        tensor = ir.tensor(array.copy(order="C"), name=name)
         value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         graph.register_initializer(value)
     return graph.initializers[name]

@@ -1,0 +1,214 @@
+"""Graph: a model that is an ONNX graph, quantized as a whole: ranges of edges, integers for weights, QDQ in the file.
+
+    ranges by calibration (observe) -> which edges are integer (place) -> codes (solve of the recipe's passes)
+    -> biases corrected -> drawn into the graph (draw) -> written, sealed, checked (formats/onnx)
+
+Passes that see data get, for each weight [n, k], the rows that it is multiplied with: patches of k numbers for a Conv.
+Memory: the graph in float32 twice, the edges of one batch. Cost: three runs of the float graph over the batches.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from wherry.engine.graph import draw, observe
+from wherry.engine.graph.place import Places, place
+from wherry.engine.unit import fact
+from wherry.errors import BadInput
+from wherry.formats.onnx import graph as edit
+from wherry.formats.onnx import tidy
+from wherry.formats.onnx.source import Graph, Layer
+from wherry.ops import grid
+from wherry.recipe import Pass, Plan, PlanRow
+from wherry.scheme import Group, QTensor
+
+Progress = Callable[[int, int, str], None]
+ROWS_MOST = 1 << 14  # rows of one batch that a statistic is given, drawn evenly: patches repeat themselves
+
+
+def run(plan: Plan, batches: list[dict[str, np.ndarray]], result: Path, progress: Progress) -> list[dict[str, Any]]:
+    """Quantize by the plan and write `result/model.onnx`. Returns the plan as facts for the manifest."""
+    source: Graph = plan.checkpoint.graph
+    if source.quantized:
+        raise BadInput(f"{source.path} is quantized already; compress the float model")
+    result.mkdir(exist_ok=True, parents=True)
+    if batches:
+        float_file = result / "float.onnx"
+        edit.write(source.model, float_file)
+        model = ir.load(float_file)
+    graph = source.model.graph
+    rows = {row.name: row for row in plan.taken()}
+    steps = plan.recipe.steps
+    kinds = {name: kind(row) for name, row in rows.items()}
+    static = {use.node for name, k in kinds.items() if k == "static" for use in source.layers[name].value.uses()}
+    static = {node for node in static if node.op_type in ("Conv", "Gemm", "MatMul")}
+    places = place(graph, static, any(step.attention for step in steps)) if static else Places()
+    watched = {name: step for name, row in rows.items() if hasattr(step := steps[row.step], "observe")}
+    notes: dict[str, list[str]] = {name: [] for name in rows}
+    seen, stats = None, {}
+    if batches:
+        seen, stats = calibrate(float_file, source, places, static, steps, watched, batches, progress)
+        for file in (float_file, float_file.with_name(float_file.name + ".data")):
+            file.unlink(missing_ok=True)
+        del model
+    facts, results = [], {}
+    for i, (name, row) in enumerate(rows.items()):
+        progress(i, len(rows), name)
+        w = source.read(name)
+        assert isinstance(w, torch.Tensor)
+        step = replace(steps[row.step], scheme=row.scheme, portable=False)  # type: ignore[arg-type]
+        q = step.solve(w.float(), stats[name], notes[name]) if name in stats else plain(step, w.float(), row, name in watched, notes[name])
+        results[name] = q
+        facts.append(fact(row, w, q, notes[name]))
+    if seen is not None and any(step.bias_correction for step in steps):
+        correct(source, static, results, seen)
+    scales = {}
+    if seen is not None:
+        observers = next((step.activation_observer for step in steps if step.scheme.activations), "mse")
+        ranges = {name: seen.range(name, observers) for name in places.names()}
+        scales = draw.activations(graph, places, ranges)
+    write(source, results, kinds, scales, places, notes)
+    for entry in facts:
+        entry["notes"] = [*rows[entry["name"]].notes, *notes[entry["name"]]]
+    facts += [fact(row, source_float(source, row), source_float(source, row), []) for row in plan.rows if row.name not in rows and row.name in source.others]
+    graph.opset_imports[""] = max(source.opset, 21)
+    edit.write(source.model, result / "model.onnx")
+    return facts
+
+
+def source_float(source: Graph, row: PlanRow) -> torch.Tensor:
+    """A tensor that stays as it is."""
+    found = source.read(row.name)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def kind(row: PlanRow) -> str:
+    """How a weight is drawn: "static", "dynamic" or "weights"."""
+    assert row.scheme
+    if row.scheme.activations is None or row.role not in ("linear", "convolution"):
+        return "weights"
+    return "dynamic" if row.scheme.activations.dynamic else "static"
+
+
+def plain(step: Pass, w: torch.Tensor, row: PlanRow, wanted: bool, notes: list[str]) -> QTensor:
+    """Codes without data: of the pass itself, or rounded to nearest where nothing was seen."""
+    if not wanted:
+        return step.solve(w)
+    notes.append("no calibration input reached it: rounded to nearest")
+    assert row.scheme
+    return grid.encode(w, row.scheme, *grid.fit(w, row.scheme, None))
+
+
+def calibrate(
+    file: Path, source: Graph, places: Places, static: set[ir.Node], steps: tuple[Pass, ...],
+    watched: dict[str, Pass], batches: list[dict[str, np.ndarray]], progress: Progress,
+) -> tuple[observe.Seen, dict[str, Any]]:  # fmt: skip
+    """Ranges of the placed edges, means of layers' inputs, statistics of the passes."""
+    observers = {step.activation_observer for step in steps if step.scheme.activations}
+    means = {}
+    for node in static:
+        if node.op_type != "MatMul":
+            means[str(node.inputs[0].name)] = 1 if node.op_type == "Conv" else -1  # type: ignore[union-attr]
+    seen = observe.observe(file, places.names(), batches, observers != {"minmax"}, means, progress)
+    stats: dict[str, Any] = {}
+    if watched:
+        edges = {name: str(source.layers[name].node.inputs[0].name) for name in watched  # type: ignore[union-attr]
+                 if source.layers[name].role in ("linear", "convolution")}  # fmt: skip
+        session, names = observe.exposing(file, list(edges.values()))
+        for i, batch in enumerate(batches):
+            progress(i, len(batches), "statistics")
+            values = dict(zip(names, observe.run(session, names, batch), strict=True))
+            for name, edge in edges.items():
+                x = patches(torch.from_numpy(np.ascontiguousarray(values[edge])), source.layers[name])
+                if x is not None:
+                    stats[name] = watched[name].observe(stats.get(name), x)  # type: ignore[attr-defined]
+    return seen, stats
+
+
+def patches(x: torch.Tensor, layer: Layer) -> torch.Tensor | None:
+    """What the rows of a weight [n, k] are multiplied with: [rows, k]; None where rows differ (grouped, 1-D, transposed)."""
+    node = layer.node
+    if node.op_type in ("MatMul", "Gemm"):
+        flat = x.reshape(-1, x.shape[-1])
+    elif node.op_type == "Conv" and x.ndim == 4 and tidy.attribute(node, "group", 1) == 1:
+        size = [int(n) for n in layer.value.const_value.shape[2:]]  # type: ignore[union-attr]
+        pads = list(tidy.attribute(node, "pads", [0, 0, 0, 0]))  # type: ignore[call-overload]
+        x = torch.nn.functional.pad(x, (pads[1], pads[3], pads[0], pads[2]))
+        dilation, stride = (list(tidy.attribute(node, key, [1, 1])) for key in ("dilations", "strides"))  # type: ignore[call-overload]
+        flat = torch.nn.functional.unfold(x, size, dilation, 0, stride).transpose(1, 2).reshape(-1, x.shape[1] * size[0] * size[1])
+    else:
+        return None
+    return flat[:: max(1, len(flat) // ROWS_MOST)]
+
+
+def correct(source: Graph, static: set[ir.Node], results: dict[str, QTensor], seen: observe.Seen) -> None:
+    """Take the mean of what rounding the weights adds to a layer's output from its bias.
+
+    Source: Nagel et al. 2019, Data-Free Quantization Through Weight Equalization and Bias Correction, arXiv:1906.04721;
+    here with the measured mean of each input channel. Padding is not counted.
+    """
+    for name, q in results.items():
+        layer = source.layers[name]
+        node = layer.node
+        edge = str(node.inputs[0].name)  # type: ignore[union-attr]
+        if node not in static or node.op_type == "MatMul" or edge not in seen.sums or len(list(layer.value.uses())) > 1:
+            continue
+        w = source.read(name)
+        assert isinstance(w, torch.Tensor)
+        mean = seen.sums[edge] / seen.tokens[edge]
+        delta = (q.decode() - w.float()).numpy().astype(np.float64)
+        n = len(delta)
+        if node.op_type == "Conv":
+            groups = int(tidy.attribute(node, "group", 1))  # type: ignore[call-overload]
+            per = len(mean) // groups
+            delta = delta.reshape(n, per, -1).sum(-1)
+            shift = (delta * mean.reshape(groups, 1, per).repeat(n // groups, 1).reshape(n, per)).sum(1)
+        else:
+            shift = delta @ mean
+        old = node.inputs[2] if len(node.inputs) > 2 else None
+        array = tidy.constant(old)
+        if old is not None and array is None:
+            continue
+        base = np.zeros(n) if array is None else array.reshape(-1)
+        bias_name = f"{name}.bias" if old is None else str(old.name)
+        if len(node.inputs) < 3:
+            node.resize_inputs(3)
+        node.replace_input_with(2, None)
+        tidy.forget(source.model.graph, old)
+        node.replace_input_with(2, tidy.initializer(source.model.graph, bias_name, (base - shift).astype(np.float32)))
+
+
+def write(
+    source: Graph, results: dict[str, QTensor], kinds: dict[str, str], scales: dict[ir.Value, float], places: Places,
+    notes: dict[str, list[str]],
+) -> None:  # fmt: skip
+    """Draw all weights and biases."""
+    graph = source.model.graph
+    by_name = {f"{value.name}.rounded": scale for value, scale in scales.items()}
+    for name, q in results.items():
+        layer = source.layers[name]
+        if layer.role == "embedding":
+            draw.table(graph, name, layer, q)
+        elif layer.role == "recurrent":
+            draw.recurrent(graph, name, layer, q)
+        elif kinds[name] == "dynamic" and layer.node.op_type != "ConvTranspose":
+            draw.dynamic(graph, name, layer, q)
+        elif isinstance(q.scheme.grain, Group):
+            draw.blocked(graph, name, layer, q)
+        else:
+            users = [use.node for use in layer.value.uses()]
+            w_scale = tidy.constant(draw.weight(graph, name, layer, q))
+            assert w_scale is not None
+            for node in users:
+                if node in places.layers and node.op_type in ("Conv", "Gemm") and node.inputs[0] is not None:
+                    note = draw.biases(graph, node, by_name[str(node.inputs[0].name)], w_scale)
+                    if note:
+                        notes[name].append(note)
+        if kinds[name] == "static" and layer.node not in places.layers:
+            notes[name].append(f"no integer {layer.node.op_type} on this runtime: the product runs in float")

@@ -1,0 +1,227 @@
+"""Draw: put QuantizeLinear and DequantizeLinear into a graph where the plan and the places say.
+
+    static    x -> Q -> DQ -> layer(., DQ(codes), DQ(int32 bias)) -> [Relu] -> Q -> DQ
+    dynamic   x -> DynamicQuantizeLinear -> MatMulInteger or ConvInteger -> Cast -> Mul(scales) -> Add(bias)
+    weights   layer(x, DQ(codes)), MatMulNBits for blocks; tables: Gather(codes) * Gather(scales)
+
+Activations are uint8 with a zero (what ONNX Runtime has kernels for), weights int8, symmetric, a scale per output.
+Source: the ONNX specification of these operators; Jacob et al. 2018 for the int32 bias at the product of scales.
+"""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from wherry.engine.graph.place import Places
+from wherry.formats.onnx import graph as edit
+from wherry.formats.onnx import tidy
+from wherry.formats.onnx.blocks import blocks
+from wherry.formats.onnx.source import Layer
+from wherry.scheme import Group, QTensor
+
+BIAS_MOST = 2.0**30
+
+
+def step(low: float, high: float) -> tuple[float, int]:
+    """Scale and zero of the 256 codes from low <= 0 to high >= 0."""
+    scale = max((high - low) / 255, 1e-12)
+    return float(np.float32(scale)), int(np.clip(round(-low / scale), 0, 255))
+
+
+def activations(graph: ir.Graph, places: Places, ranges: dict[str, tuple[float, float]]) -> dict[ir.Value, float]:
+    """Round every placed edge. Returns the scale of each."""
+    scales: dict[ir.Value, float] = {}
+    for value, source in places.edges.items():
+        scale, zero = step(*ranges[str(source.name)])
+        scales[value] = scale
+        users = [use for use in value.uses() if rounded_for(use.node, value, places)]
+        was_output = value.is_graph_output()
+        name = str(value.name)
+        inputs = [value, edit.constant(graph, f"{name}.scale", np.array(scale, np.float32)),
+                  edit.constant(graph, f"{name}.zero", np.array(zero, np.uint8))]  # fmt: skip
+        q = ir.node("QuantizeLinear", inputs, name=f"{name}/quantize")
+        dq = ir.node("DequantizeLinear", [q.outputs[0], *inputs[1:]], name=f"{name}/dequantize")
+        q.outputs[0].name, dq.outputs[0].name = f"{name}.codes", f"{name}.rounded"
+        dq.outputs[0].shape, dq.outputs[0].type = value.shape, value.type
+        producer = value.producer()
+        if producer is not None:
+            graph.insert_after(producer, [q, dq])
+        elif graph.num_nodes():
+            graph.insert_before(graph[0], [q, dq])
+        for use in users:
+            use.node.replace_input_with(use.idx, dq.outputs[0])
+        if was_output and producer in places.nodes:
+            for i, output in enumerate(graph.outputs):
+                if output is value:
+                    dq.outputs[0].name, value.name = name, f"{name}.float"
+                    graph.outputs[i] = dq.outputs[0]
+    pads(graph, places)
+    return scales
+
+
+def pads(graph: ir.Graph, places: Places) -> None:
+    """Let a Pad between integers pad with codes: ONNX Runtime has no pattern that would bring it there."""
+    for node in places.nodes:
+        if node.op_type != "Pad" or node.inputs[0] is None:
+            continue
+        dequantize = node.inputs[0].producer()
+        if dequantize is None or dequantize.op_type != "DequantizeLinear":
+            continue
+        behind = next((use.node for use in node.outputs[0].uses() if use.node.op_type == "QuantizeLinear"), None)
+        if behind is None:
+            continue
+        node.replace_input_with(0, dequantize.inputs[0])
+        node.resize_inputs(max(3, len(node.inputs)))
+        node.replace_input_with(2, dequantize.inputs[2])
+        node.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
+        behind.outputs[0].replace_all_uses_with(node.outputs[0])
+        graph.remove(behind, safe=True)
+
+
+def rounded_for(node: ir.Node, value: ir.Value, places: Places) -> bool:
+    """Whether a reader takes the rounded value: integer nodes do, and all others where an integer node made it."""
+    producer = value.producer()
+    made = producer is not None and (producer in places.nodes or producer.op_type in ("Relu", "Clip") and any(
+        v in places.folded for v in producer.inputs))  # fmt: skip
+    return made or node in places.nodes
+
+
+def weight(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> ir.Value:
+    """Codes of one weight and their DequantizeLinear, in the place of the float weight. Returns the scales."""
+    shape = tuple(int(n) for n in layer.value.const_value.shape)  # type: ignore[union-attr]
+    kind = np.int8
+    codes = layer.stored(q.code.numpy().astype(kind), shape)
+    scales = q.scale.float().numpy().reshape(-1)
+    users = list(layer.value.uses())
+    detach(graph, layer.value)
+    value = edit.constant(graph, name + edit.CODES, codes)
+    scale = edit.constant(graph, name + edit.SCALES, scales)
+    zeros = np.zeros(len(scales), kind) if q.zero is None else q.zero.numpy().reshape(-1)
+    dq = ir.node(
+        "DequantizeLinear", [value, scale, edit.constant(graph, name + edit.ZEROS, zeros)], {"axis": layer.axis},
+        name=f"{name}/dequantize",
+    )  # fmt: skip
+    dq.outputs[0].name = f"{name}.decoded"
+    graph.insert_before(first(graph, users), dq)
+    for use in users:
+        use.node.replace_input_with(use.idx, dq.outputs[0])
+    return scale
+
+
+def recurrent(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> None:
+    """Weights of an LSTM, GRU or RNN [d, g * h, k]: their codes as one matrix, brought back to their shape."""
+    shape = tuple(int(n) for n in layer.value.const_value.shape)  # type: ignore[union-attr]
+    users = list(layer.value.uses())
+    detach(graph, layer.value)
+    scales = q.scale.float().numpy().reshape(-1)
+    inputs = [edit.constant(graph, name + edit.CODES, q.code.numpy().astype(np.int8)),
+              edit.constant(graph, name + edit.SCALES, scales),
+              edit.constant(graph, name + edit.ZEROS, np.zeros(len(scales), np.int8))]  # fmt: skip
+    before = first(graph, users)
+    flat = edit.call(before, "DequantizeLinear", inputs, f"{name}/dequantize", axis=0)
+    whole = edit.call(before, "Reshape", [flat, edit.integers(graph, *shape)], f"{name}/shape")
+    for use in users:
+        use.node.replace_input_with(use.idx, whole)
+
+
+def table(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> None:
+    """An embedding: rows of codes times their scales."""
+    users = list(layer.value.uses())
+    detach(graph, layer.value)
+    codes = edit.constant(graph, name + edit.CODES, q.code.numpy())
+    scales = edit.constant(graph, name + edit.SCALES, q.scale.float().numpy().reshape(len(q.code), -1))
+    for use in users:
+        node = use.node
+        ids = node.inputs[1]
+        rows = edit.call(node, "Gather", [codes, ids], f"{node.outputs[0].name}/codes", axis=0)
+        steps = edit.call(node, "Gather", [scales, ids], f"{node.outputs[0].name}/scales", axis=0)
+        floats = edit.call(node, "Cast", [rows], f"{node.outputs[0].name}/float", to=ir.DataType.FLOAT)
+        tidy.swap(graph, node, edit.call(node, "Mul", [floats, steps], f"{node.outputs[0].name}/table"), str(node.outputs[0].name))
+
+
+def biases(graph: ir.Graph, node: ir.Node, x_scale: float, w_scale: np.ndarray) -> str:
+    """The bias of a Conv or Gemm as int32 at the product of scales. Returns a remark where it must stay float."""
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    array = tidy.constant(value)
+    if value is None or array is None:
+        return "" if value is None else "its bias is not a constant and stays float"
+    scale = (np.float64(x_scale) * w_scale.astype(np.float64)).astype(np.float32)
+    flat = np.broadcast_to(array.reshape(-1), scale.shape).astype(np.float64)
+    codes = np.rint(flat / np.maximum(scale.astype(np.float64), 1e-38))
+    if np.abs(codes).max(initial=0) > BIAS_MOST:
+        return "its bias is too large for int32 at these scales and stays float"
+    name = str(value.name)
+    inputs = [edit.constant(graph, f"{name}{edit.CODES}@{node.name}", codes.astype(np.int32)),
+              edit.constant(graph, f"{name}{edit.SCALES}@{node.name}", scale)]  # fmt: skip
+    node.replace_input_with(2, None)
+    tidy.forget(graph, value)
+    node.replace_input_with(2, edit.call(node, "DequantizeLinear", inputs, f"{name}/dequantize@{node.name}", axis=0))
+    return ""
+
+
+def dynamic(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> None:
+    """Products whose input's scale is found when they run, one for the whole input."""
+    shape = tuple(int(n) for n in layer.value.const_value.shape)  # type: ignore[union-attr]
+    users = list(layer.value.uses())
+    detach(graph, layer.value)
+    node = users[0].node
+    codes = edit.constant(graph, name + edit.CODES, dense(node, layer.stored(q.code.numpy(), shape)))
+    scales = q.scale.float().numpy().reshape(-1)
+    if node.op_type == "Conv":
+        scales = scales.reshape(-1, *[1] * (len(shape) - 2))
+    scale = edit.constant(graph, name + edit.SCALES, scales)
+    for use in users:
+        node = use.node
+        x, out = node.inputs[0], str(node.outputs[0].name)
+        quantized = edit.calls(node, "DynamicQuantizeLinear", [x], f"{out}/quantize", 3)
+        xq, x_scale, x_zero = quantized
+        if node.op_type == "Conv":
+            facts = {k: v.value for k, v in node.attributes.items()}
+            whole = edit.call(node, "ConvInteger", [xq, codes, x_zero], f"{out}/integer", **facts)
+        else:
+            whole = edit.call(node, "MatMulInteger", [xq, codes, x_zero], f"{out}/integer")
+        floats = edit.call(node, "Cast", [whole], f"{out}/float", to=ir.DataType.FLOAT)
+        both = edit.call(node, "Mul", [x_scale, scale], f"{out}/steps")
+        y = edit.call(node, "Mul", [floats, both], f"{out}/scaled")
+        bias = tidy.constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        if bias is not None:
+            old = node.inputs[2]
+            flat = bias.reshape(-1, *[1] * (len(shape) - 2)) if node.op_type == "Conv" else bias
+            node.replace_input_with(2, None)
+            tidy.forget(graph, old)
+            y = edit.call(node, "Add", [y, tidy.initializer(graph, str(old.name), flat)], f"{out}/biased")  # type: ignore[union-attr]
+        tidy.swap(graph, node, y, out)
+
+
+def dense(node: ir.Node, codes: np.ndarray) -> np.ndarray:
+    """Codes as MatMulInteger or ConvInteger reads them."""
+    return np.ascontiguousarray(codes.T) if node.op_type == "Gemm" and tidy.attribute(node, "transB", 0) else codes
+
+
+def blocked(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> None:
+    """A linear layer with blocked codes and float activations: MatMulNBits."""
+    assert isinstance(q.scheme.grain, Group)
+    users = list(layer.value.uses())
+    detach(graph, layer.value)
+    packed = blocks(q)
+    for use in users:
+        node, out = use.node, str(use.node.outputs[0].name)
+        x = node.inputs[0]
+        assert x is not None
+        y = edit.linear(node, x, name, packed, 0)
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is not None:
+            y = edit.call(node, "Add", [y, bias], f"{out}/biased")
+        tidy.swap(graph, node, y, out)
+
+
+def detach(graph: ir.Graph, value: ir.Value) -> None:
+    """Take a float weight out of the graph's initializers; its readers still hold it."""
+    graph.initializers.pop(str(value.name), None)
+
+
+def first(graph: ir.Graph, users: list[Any]) -> ir.Node:
+    """The reader that comes first in the graph."""
+    nodes = {use.node for use in users}
+    return next(node for node in graph if node in nodes)

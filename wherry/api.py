@@ -127,6 +127,11 @@ def _prepare(
             data.read(data_file)
             say(f"{made.recipe} needs no data: {data_file} is not used")
         return made, [], {"data": None}
+    if data_file is None and made.checkpoint.graph is not None and made.task.kind != "sentence-similarity":
+        raise BadInput(
+            f"{made.recipe} calibrates on examples of {made.task.kind}, and none are shipped.\n"
+            "Give --data (a folder, table or .npz), or a scheme without static ranges: W8A8, W8A16."
+        )
     source = data.read(data_file or data.shipped("calibration"))
     if data_file is None:
         say(f"no --data given: calibrating on the shipped {source.name}")
@@ -186,10 +191,11 @@ def compress(
         shelf.find("formats", name)
     made, batches, stamp = _prepare(model, recipe, formats, data_file, samples, length, seed, say)
     report = Report(f"{made.checkpoint.name} -> {out.name}")
+    full = bool(formats) or made.checkpoint.graph is not None  # a graph's result is what runs
 
     def describe(result: Path) -> None:
         report.extend(sizes(made, result))
-        report.extend(prove_folder(result, made.checkpoint, judged, bool(formats), (max_kl, max_ratio), progress))
+        report.extend(prove_folder(result, made.checkpoint, judged, full, (max_kl, max_ratio), progress))
         write(result, out, report, stamp)
 
     deliver(made, out, formats, batches, stamp | {"judged": judged.digest if judged else None}, describe, progress)
@@ -327,7 +333,8 @@ def measure(artifact: str | Path, runtime: str = "auto", threads: int = 0, progr
     from wherry.evaluate import speed
 
     session, opened, _ = open_session(artifact, runtime, threads)
-    report = speed.measure(session, opened.task, opened.name, progress=progress)
+    example = opened.example if "inputs" in opened.manifest else None
+    report = speed.measure(session, opened.task, opened.name, progress=progress, example=example)
     for key, value in session.facts.items():
         report.add(f"fact: {key}", opened.name, value)
     session.close()

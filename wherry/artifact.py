@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from wherry.errors import BadInput, Corrupt, Missing
 from wherry.report import write_atomic
 from wherry.task import Task
@@ -33,7 +35,8 @@ class Artifact:
         task: Task as a dict                 files: {relative name: {"bytes": int, "sha256": str}}
         main: the file that a runtime opens  model: name of the model
         recipe, source: how it was made      license: as declared by the source, or ""
-        params: number of parameters         plan: [{name, shape, scheme, bytes, ...}], one per source tensor
+        params: number of parameters         inputs: of a graph, {name: [dtype, shape]}, free axes as names
+        checks: figures of the export's own  plan: [{name, shape, scheme, bytes, ...}], one per source tensor
     """
 
     path: Path
@@ -64,6 +67,21 @@ class Artifact:
     def bytes(self) -> int:
         """Size of all hashed files together, in bytes."""
         return sum(entry["bytes"] for entry in self.manifest["files"].values())
+
+    def example(self, rows: int = 1, length: int = 32) -> dict[str, np.ndarray]:
+        """Seeded random inputs of a graph: normal numbers, small whole numbers; the first free axis is the batch.
+
+        A second input of whole numbers (a mask) is ones.
+        """
+        random, out = np.random.default_rng(0), {}
+        for i, (name, (kind, shape)) in enumerate(self.manifest["inputs"].items()):
+            extents = [n if isinstance(n, int) else rows if axis == 0 else length for axis, n in enumerate(shape)]
+            dtype = np.dtype(kind)
+            if dtype.kind == "f":
+                out[name] = random.standard_normal(extents).astype(dtype)
+            else:
+                out[name] = np.ones(extents, dtype) if i else random.integers(0, 10, extents).astype(dtype)
+        return out
 
     @classmethod
     def open(cls, path: Path | str) -> "Artifact":

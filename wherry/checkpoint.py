@@ -198,7 +198,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, model: str | Path) -> "Checkpoint":
-        """Open a Hugging Face folder, a LoRA adapter's folder, a GGUF or ONNX file, or a hub id where there is a network.
+        """Open a Hugging Face folder, a LoRA adapter's, a GGUF or ONNX file, or a hub id where there is a network.
 
         Raises:
             Missing: no such model, missing shard, no network.

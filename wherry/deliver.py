@@ -28,6 +28,8 @@ def calibration(checkpoint: Checkpoint, source: data.Data, samples: int, length:
         if value < least:
             raise BadInput(f"--{name} {value} is too small: {least} is the least")
     task = checkpoint.task
+    if checkpoint.graph is not None:
+        return data.inputs(source, task, samples, seed)
     if task.kind == "text-generation":
         table = data.windows(source, task, min(length, task.max_length), samples, seed)
         vocabulary = checkpoint.config.get("vocab_size", 1 << 62)
@@ -67,7 +69,7 @@ def deliver(
             if not (result / MANIFEST).exists():
                 shutil.rmtree(result, ignore_errors=True)
                 _checkpoint(plan, journal, batches, result, progress)
-            for name in formats:
+            for name in exports(plan, formats):
                 save(Checkpoint.open(result), result / name, name, progress)
             describe(result)
         journal.finish(result)
@@ -88,6 +90,9 @@ def deliver(
 def _checkpoint(plan: Plan, journal: Journal, batches: Batches, result: Path, progress: Progress) -> None:
     from wherry.engine import unit
 
+    if plan.checkpoint.graph is not None:
+        shelf.find("engine", "graph").deliver(plan, batches, result, progress)
+        return
     if batches:
         done = shelf.find("engine", "walk").run(plan, journal, batches, progress)
     else:
@@ -96,6 +101,11 @@ def _checkpoint(plan: Plan, journal: Journal, batches: Batches, result: Path, pr
     fields = compressed_tensors.manifest(plan.checkpoint, unit.main_file(result))
     origin = plan.checkpoint.origin or plan.checkpoint.name
     Artifact.seal(result, **fields | {"plan": facts, "recipe": str(plan.recipe), "source": origin})
+
+
+def exports(plan: Plan, formats: tuple[str, ...]) -> list[str]:
+    """The formats that are written beside the result: a graph's result is itself ONNX."""
+    return [name for name in formats if plan.checkpoint.graph is None or name != "onnx"]
 
 
 def save(checkpoint: Checkpoint, out: Path, name: str, progress: Progress) -> Artifact:
@@ -135,6 +145,9 @@ def forecast(plan: Plan, batches: Batches, formats: tuple[str, ...] = ()) -> dic
     largest = max(int(np.prod(row.shape, dtype=np.int64)) for row in plan.rows)
     tokens = sum(next(iter(batch.values())).size for batch in batches)
     flow = tokens * int(plan.config.get("hidden_size", 0)) * 4
+    if plan.checkpoint.graph is not None:
+        memory = 500_000_000 + 3 * plan.before + 4 * largest
+        return {"memory": memory, "disk": plan.before + plan.after * (1 + len(formats)), "checkpoint": plan.after}
     widths = {row.shape[-1] for row in plan.rows if row.role == "linear"}
     memory = 500_000_000 + 16 * largest
     if batches:

@@ -12,12 +12,13 @@ from wherry import data, shelf
 from wherry.artifact import Artifact
 from wherry.choose import artifacts, measured
 from wherry.errors import BadInput, Missing
-from wherry.evaluate import drift, proof, similarity
+from wherry.evaluate import drift, outputs, proof, similarity
 from wherry.report import Report
 from wherry.session import GRADES, Sampling, Session
 
 Progress = Callable[[int, int, str], None]
 WINDOWS, LENGTH = 8, 256  # of the evaluation text: 2040 predictions
+EXAMPLES = 512  # of evaluation data, for models that are no language models
 SAMPLE = "What is the capital of France?"
 CHECKPOINT = "checkpoint"
 Limits = tuple[float, float]
@@ -76,7 +77,7 @@ def prove(
         return proof.conclude(report)
     if not behave:
         return proof.conclude(report)
-    judge = _text if items[0].artifact.task.kind == "text-generation" else _pairs
+    judge = judge_of(items[0].artifact)
     with ExitStack() as stack:
         sessions: dict[str, Session] = {}
         for item in items:
@@ -86,7 +87,8 @@ def prove(
             _facts(report, session, item.where)
         reference = None
         if original is not None:
-            reference = shelf.find("runtimes", "torch").over(original)
+            name = "torch" if original.graph is None else "onnxruntime"
+            reference = shelf.find("runtimes", name).over(original)
             stack.callback(reference.close)
         judge(report, items, sessions, reference, original, source, limits, progress)
     if speed:
@@ -168,6 +170,36 @@ def _pairs(
                 )
 
 
+def judge_of(artifact: Artifact) -> Callable[..., None]:
+    """What measures the behaviour of an artifact: by its task, or by its outputs alone."""
+    if artifact.task.kind == "text-generation":
+        return _text
+    return _pairs if artifact.task.kind == "sentence-similarity" else _outputs
+
+
+def _outputs(
+    report: Report, items: Sequence[Item], sessions: dict[str, Session], reference: Session | None, original: Any,
+    source: data.Data | None, limits: Limits, progress: Progress,
+) -> None:  # fmt: skip
+    """How far the outputs are from the original's, and how often the largest output is the same."""
+    for item in items:
+        for found in item.artifact.manifest.get("checks", []):
+            report.add(f"when exported: {found['what']}", item.where, found["value"], found["unit"], note=found["note"])
+    if source is None:
+        for item in items:
+            report.add("check: finite outputs", item.where, None, note="no data to judge on: give --eval DATA")
+        return
+    task = (original or items[0].artifact).task
+    batches = data.inputs(source, task, EXAMPLES)
+    count = sum(len(next(iter(batch.values()))) for batch in batches)
+    report.add("evaluation data", "", source.name, note=f"{count} examples, sha256 {source.digest[:16]}")
+    base = [reference.predict(batch) for batch in batches] if reference is not None else None
+    for i, item in enumerate(items):
+        progress(i, len(items), f"outputs of {item.where}")
+        found = [sessions[item.where].predict(batch) for batch in batches]
+        report.extend(outputs.compare(base, found, item.where, task.kind.endswith("classification")))
+
+
 def where(artifact: Artifact, root: Path) -> str:
     """What a report calls an artifact: "checkpoint" for the folder itself, else the folder inside of it."""
     return CHECKPOINT if artifact.path == root and artifact.format in RUNTIME_OF else artifact.path.name
@@ -186,7 +218,7 @@ def prove_folder(
 ) -> Report:
     """Prove a delivered folder and all exports in it; `full` also runs and times them, and the original."""
     report = prove([item(a, root) for a in artifacts(root)], original, judged, full, full, limits, progress)
-    return report.extend(time_original(original)) if full else report
+    return report.extend(time_original(original)) if full and original.graph is None else report
 
 
 def time_original(original: Any) -> Report:

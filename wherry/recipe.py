@@ -133,7 +133,9 @@ def coerce(method: str, name: str, value: Any, kind: Any) -> Any:
                 f"{method}: {name}={value} is not {'a whole number' if kind is int else 'a number'}"
             ) from error
     if get_origin(kind) is Literal and str(value) not in get_args(kind):
-        raise BadInput(f"{method}: {name}={value} is none of {', '.join(get_args(kind))}{suggest(str(value), get_args(kind))}")
+        raise BadInput(
+            f"{method}: {name}={value} is none of {', '.join(get_args(kind))}{suggest(str(value), get_args(kind))}"
+        )
     if get_args(kind)[:1] == (str,):
         return tuple(value) if isinstance(value, list | tuple) else tuple(str(value).split(";"))
     return str(value)
@@ -218,9 +220,12 @@ class Recipe:
                 layers = [row.name.removesuffix(".weight") for row in plan.rows if row.role in QUANTIZABLE]
                 if not any(matches(pattern, layer) for layer in layers):
                     raise BadInput(f"'{pattern}' matches no layer of {checkpoint.name}{suggest(pattern, layers)}")
+        if checkpoint.graph is not None and checkpoint.graph.quantized:
+            raise BadInput(f"{checkpoint.path} is quantized already; compress the float model that it was made from")
         if not any(row.scheme for row in plan.rows):
             raise BadInput(f"the recipe '{self}' changes nothing in {checkpoint.name}")
-        for name in formats:
+        always = ("onnx",) if checkpoint.graph is not None else ()  # what a graph is written as
+        for name in dict.fromkeys((*always, *formats)):
             for tensor, note in shelf.find("formats", name).check(plan).items():
                 plan.note(tensor, f"{name}: {note}")
         return plan
@@ -352,7 +357,10 @@ def in_graph(scheme: Scheme, role: str, step: Pass) -> tuple[Scheme, str]:
     """The scheme that a weight of an ONNX graph gets, and a remark where it is not the one asked for."""
     if role == "linear":
         dynamic = scheme.activations is not None and scheme.activations.dynamic
-        return scheme, "ONNX finds the scale of a dynamic input once for the whole input, not per token" if dynamic else ""
+        return (
+            scheme,
+            "ONNX finds the scale of a dynamic input once for the whole input, not per token" if dynamic else "",
+        )
     row = PRESETS["W8A16"].with_group(-1)
     if role == "convolution" and scheme.activations is not None:
         return scheme, ""

@@ -96,8 +96,13 @@ def structure(
         report.add("check: weights", where, None, note="not read: the files differ from their manifest")
         return report
     plan = {row["name"]: row for row in artifact.manifest.get("plan") or []}
-    found = {name: Findings() for name in ("present", "once", "quantized", "finite", "scales", "digest", "same")}
+    found = {
+        name: Findings() for name in ("present", "once", "quantized", "finite", "scales", "portable", "digest", "same")
+    }
     seen: set[str] = set()
+    portable = (
+        bool(plan) and not artifact.manifest.get("graph") and "portable=" not in artifact.manifest.get("recipe", "")
+    )
     try:
         for name, tensor in decoded:
             found["once"].see(_unexpected(name, seen, plan, allowed))
@@ -107,6 +112,8 @@ def structure(
                 _tensor(
                     name, np.asarray(tensor), plan.get(name), original, found, report if errors else Report(), where
                 )
+            if portable and (scheme := _scheme(plan.get(name, {}))) and found["quantized"].made:
+                found["portable"].see(_name(name, weights.unrounded_scales(np.asarray(tensor), scheme)))
     except Error as error:
         report.add("check: readable", where, False, note=str(error))
         return report
@@ -123,6 +130,9 @@ def structure(
     )
     found["finite"].add(report, "no NaN or infinity", where, f"{count} tensors", "nothing was decoded")
     found["scales"].add(report, "no zero scale", where, "no group lost its values", no_plan)
+    found["portable"].add(
+        report, "scales as they were rounded", where, "7 significant bits each", "not a portable recipe"
+    )
     no_digest = no_plan if exact else "this format does not promise the plan's weights bit by bit"
     found["digest"].add(
         report, "decodes to the plan's weights", where, f"{found['digest'].made} digests agree", no_digest

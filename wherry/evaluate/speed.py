@@ -7,7 +7,7 @@ Fails:  a peak belongs to a process: measure each artifact in a process of its o
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -22,6 +22,8 @@ from wherry.task import Task
 
 BATCH = 8
 SENTENCES = 64
+RUNS, MOST_S = 100, 5.0  # of a model that takes arrays: so many runs, or so many seconds
+Example = Callable[[int], dict[str, np.ndarray]]
 
 
 def measure(
@@ -34,6 +36,7 @@ def measure(
     texts: Sequence[str] = (),
     seed: int = 0,
     progress: Progress = silent,
+    example: Example | None = None,
 ) -> Report:
     """Time a session and read this process's peak memory.
 
@@ -46,11 +49,14 @@ def measure(
         texts: sentences for encoders; by default those of the shipped pairs.
         seed: of the random prompts.
         progress: called with (done, total, text).
+        example: gives inputs of that many rows, for models of which no text is at hand.
     """
     if repeats < 3:
         raise BadInput(f"repeats={repeats}: three is the least for a median")
     if task.kind == "text-generation":
         report = _generator(session, task, where, repeats, prompt, new, seed, progress)
+    elif example is not None:
+        report = _arrays(session, example, where, progress)
     else:
         report = _encoder(session, task, where, repeats, list(texts), progress)
     peak, how = peak_memory_bytes()
@@ -115,6 +121,29 @@ def _encoder(session: Session, task: Task, where: str, repeats: int, texts: list
     how = f"{note}text to embedding, batches of {BATCH}, {words:.1f} words each"
     _median(report, "sentences", where, rates, "sentences/s", how)
     _median(report, "latency", where, latency, "s", f"{note}one sentence")
+    return report
+
+
+def _arrays(session: Session, example: Example, where: str, progress: Progress) -> Report:
+    """Inputs as they are, random: the time of the model alone."""
+    one, many = example(1), example(BATCH)
+    latency: list[float] = []
+    rates: list[float] = []
+    for inputs, seconds, rows in ((one, latency, 1), (many, rates, BATCH)):
+        session.predict(inputs)
+        begin = perf_counter()
+        while len(seconds) < RUNS and perf_counter() - begin < MOST_S or len(seconds) < 3:
+            start = perf_counter()
+            session.predict(inputs)
+            seconds.append(perf_counter() - start)
+        progress(rows, BATCH, f"speed of {where}".rstrip(" of"))
+    report = Report()
+    note = f"of {len(latency)} runs with one example, random numbers"
+    report.add(
+        "latency", where, float(np.median(latency)), "s", float(min(latency)), float(max(latency)), f"median {note}"
+    )
+    report.add("latency p99", where, float(np.quantile(latency, 0.99)), "s", note=note)
+    _median(report, "examples", where, [BATCH / s for s in rates], "examples/s", f"batches of {BATCH}, random numbers")
     return report
 
 

@@ -28,6 +28,7 @@ SLOPE_UP, SLOPE_UP_E2 = 0.004, 0.02  # slope above that of rounding: constant, a
 SLOPE_DOWN, SLOPE_DOWN_E2 = 0.06, 1.0  # below it: least squares gives 1 - e^2, a searched range clips more
 RETURN_MOST = 1.006  # of the whole weight, unless the weights that no clipping touched are as after rounding
 RETURN_MORE = 0.008  # above that of rounding, over weights that no clipping touched
+PORTABLE_BITS = 7  # of a portable scale (ops/grid.py)
 PORTABLE = 2.0**-8  # a portable scale may be off by this much, each group on its own
 TINY_RANGE = 2.0**-16  # a group of smaller range may become one code: the smallest portable scale is 2^-18
 SAMPLED_ROWS = 256
@@ -128,6 +129,28 @@ def off_grid(v: np.ndarray, scheme: Scheme, seed: int = 0) -> str:
     distinct = int((np.diff(ordered, axis=-1) != 0).sum(-1).max(initial=0)) + 1
     codes = 1 << scheme.bits
     return f"{distinct} values in one group where {codes} codes exist: it is not quantized" if distinct > codes else ""
+
+
+def unrounded_scales(v: np.ndarray, scheme: Scheme, seed: int = 0) -> str:
+    """Reason why the scales of v are not of 7 significant bits, as every portable recipe rounds them; else "".
+
+    The smallest step between two values of a group is its scale wherever two neighbouring codes are used, which nearly
+    all groups do: so more than a quarter of longer steps means that scales were changed after they were rounded.
+    """
+    group = size(scheme, v.shape)
+    if group is None or group < 16 or scheme.bits > 4:
+        return ""  # wider codes seldom are neighbours in a group; their error is so small that the slope tells
+    rows = v.reshape(-1, v.shape[-1])
+    if len(rows) > SAMPLED_ROWS and not isinstance(scheme.grain, Tensor):
+        rows = rows[np.sort(np.random.default_rng(seed).permutation(len(rows))[:SAMPLED_ROWS])]
+    gaps = np.diff(np.sort(rows.reshape(-1, group), axis=-1), axis=-1).astype(np.float64)
+    least = np.where(gaps > 0, gaps, np.inf).min(-1)
+    least = least[np.isfinite(least)]
+    mantissa = np.frexp(least)[0] * 2**PORTABLE_BITS
+    long = int((mantissa != np.rint(mantissa)).sum())
+    if long <= len(least) / 4:
+        return ""
+    return f"{long} of {len(least)} scales have more than {PORTABLE_BITS} significant bits: they were changed"
 
 
 def lost_scales(v: np.ndarray, scheme: Scheme, w: np.ndarray | None) -> int | None:

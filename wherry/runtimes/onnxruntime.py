@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -61,6 +62,12 @@ def load(artifact: Artifact, device: str = "cpu", threads: int = 0) -> Session:
         raise BadInput(f"--device {device}: this version runs ONNX on the CPU; use cpu")
     kind = Decoder if artifact.task.kind == "text-generation" else Encoder
     return kind(artifact, threads)
+
+
+def over(checkpoint: Any, threads: int = 0) -> Session:
+    """A session over a float graph that was never exported: the original, to compare with."""
+    fields = {"format": "onnx", "main": checkpoint.graph.path.name, "model": checkpoint.name, "files": {}, "plan": []}
+    return Encoder(Artifact(checkpoint.path, {**fields, "task": checkpoint.task.to_dict()}), threads)
 
 
 def open_session(path: Path, threads: int) -> ort.InferenceSession:
@@ -128,10 +135,10 @@ def build() -> str:
 
 
 class Encoder(Loaded, NoGenerate):
-    """A sentence encoder. Thread-safe."""
+    """A graph that is run once: a sentence encoder, a classifier, any other. Thread-safe."""
 
     def predict(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Inputs int64 [batch, sequence] by name to `embedding` float32 [batch, width]."""
+        """Inputs by name to outputs by name, the first axis of each being the batch."""
         with self.lock:
             session = self.live
             names = [output.name for output in session.get_outputs()]

@@ -7,6 +7,8 @@ Passes that see data get, for each weight [n, k], the rows that it is multiplied
 Memory: the graph in float32 twice, the edges of one batch. Cost: three runs of the float graph over the batches.
 """
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +18,15 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from wherry import tensorfile
+from wherry.artifact import Artifact
+from wherry.checkpoint import SIDE_FILES
 from wherry.engine.graph import draw, observe
 from wherry.engine.graph.place import Places, place
 from wherry.engine.unit import fact
-from wherry.errors import BadInput
 from wherry.formats.onnx import graph as edit
-from wherry.formats.onnx import tidy
-from wherry.formats.onnx.source import Graph, Layer
+from wherry.formats.onnx import tidy, whole
+from wherry.formats.onnx.source import Graph, Layer, constant, extents, read
 from wherry.ops import grid
 from wherry.recipe import Pass, Plan, PlanRow
 from wherry.scheme import Group, QTensor
@@ -31,38 +35,63 @@ Progress = Callable[[int, int, str], None]
 ROWS_MOST = 1 << 14  # rows of one batch that a statistic is given, drawn evenly: patches repeat themselves
 
 
-def run(plan: Plan, batches: list[dict[str, np.ndarray]], result: Path, progress: Progress) -> list[dict[str, Any]]:
-    """Quantize by the plan and write `result/model.onnx`. Returns the plan as facts for the manifest."""
-    source: Graph = plan.checkpoint.graph
-    if source.quantized:
-        raise BadInput(f"{source.path} is quantized already; compress the float model")
+def deliver(plan: Plan, batches: list[dict[str, np.ndarray]], result: Path, progress: Progress) -> Artifact:
+    """Quantize by the plan, write a folder, check it at once, seal it.
+
+    Raises:
+        Diverged: the file did not pass its checks. BadInput: data that do not fit the graph.
+    """
+    checkpoint = plan.checkpoint
     result.mkdir(exist_ok=True, parents=True)
+    facts, integer = run(plan, batches, result, progress)
+    progress(1, 1, "reload and compare")
+    checks = whole.checks(result / "model.onnx", checkpoint.graph.path, batches, integer)
+    for name in SIDE_FILES:
+        if (checkpoint.path / name).is_file():
+            (result / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(checkpoint.path / name, result / name)
+    tensorfile.write_pieces(
+        result / "task.json", [json.dumps(checkpoint.task.to_dict(), indent=1, sort_keys=True).encode()]
+    )
+    tensorfile.write_pieces(result / "recipe.yaml", [plan.recipe.to_yaml().encode()])
+    return Artifact.seal(result, **whole.manifest(checkpoint, facts, checks) | {"recipe": str(plan.recipe)})
+
+
+def run(
+    plan: Plan, batches: list[dict[str, np.ndarray]], result: Path, progress: Progress
+) -> tuple[list[dict[str, Any]], int]:
+    """Write `result/model.onnx` by the plan. Returns the plan as facts, and how many products are integer."""
+    source = Graph(plan.checkpoint.graph.path, ir.from_proto(read(plan.checkpoint.graph.path)))  # changed below
     if batches:
         float_file = result / "float.onnx"
         edit.write(source.model, float_file)
-        model = ir.load(float_file)
     graph = source.model.graph
     rows = {row.name: row for row in plan.taken()}
     steps = plan.recipe.steps
     kinds = {name: kind(row) for name, row in rows.items()}
+    uses = {name: [use.node for use in source.layers[name].value.uses()] for name in rows}
     static = {use.node for name, k in kinds.items() if k == "static" for use in source.layers[name].value.uses()}
     static = {node for node in static if node.op_type in ("Conv", "Gemm", "MatMul")}
     places = place(graph, static, any(step.attention for step in steps)) if static else Places()
     watched = {name: step for name, row in rows.items() if hasattr(step := steps[row.step], "observe")}
     notes: dict[str, list[str]] = {name: [] for name in rows}
-    seen, stats = None, {}
+    seen: observe.Seen | None = None
+    stats: dict[str, Any] = {}
     if batches:
         seen, stats = calibrate(float_file, source, places, static, steps, watched, batches, progress)
         for file in (float_file, float_file.with_name(float_file.name + ".data")):
             file.unlink(missing_ok=True)
-        del model
     facts, results = [], {}
     for i, (name, row) in enumerate(rows.items()):
         progress(i, len(rows), name)
         w = source.read(name)
         assert isinstance(w, torch.Tensor)
-        step = replace(steps[row.step], scheme=row.scheme, portable=False)  # type: ignore[arg-type]
-        q = step.solve(w.float(), stats[name], notes[name]) if name in stats else plain(step, w.float(), row, name in watched, notes[name])
+        step = replace(steps[row.step], scheme=row.scheme, portable=False)
+        q = (
+            step.solve(w.float(), stats[name], notes[name])
+            if name in stats
+            else plain(step, w.float(), row, name in watched, notes[name])
+        )
         results[name] = q
         facts.append(fact(row, w, q, notes[name]))
     if seen is not None and any(step.bias_correction for step in steps):
@@ -75,17 +104,16 @@ def run(plan: Plan, batches: list[dict[str, np.ndarray]], result: Path, progress
     write(source, results, kinds, scales, places, notes)
     for entry in facts:
         entry["notes"] = [*rows[entry["name"]].notes, *notes[entry["name"]]]
-    facts += [fact(row, source_float(source, row), source_float(source, row), []) for row in plan.rows if row.name not in rows and row.name in source.others]
+    for row in plan.rows:  # biases that became integers are part of their layers
+        if row.name in source.others and row.name in graph.initializers and row.name not in rows:
+            kept = torch.from_numpy(np.array(constant(source.others[row.name])))
+            facts.append(fact(row, kept, kept, []))
     graph.opset_imports[""] = max(source.opset, 21)
     edit.write(source.model, result / "model.onnx")
-    return facts
-
-
-def source_float(source: Graph, row: PlanRow) -> torch.Tensor:
-    """A tensor that stays as it is."""
-    found = source.read(row.name)
-    assert isinstance(found, torch.Tensor)
-    return found
+    dynamic = [
+        use for name, k in kinds.items() if k == "dynamic" for use in uses[name] if use.op_type != "ConvTranspose"
+    ]
+    return facts, len(places.layers) + len(dynamic)
 
 
 def kind(row: PlanRow) -> str:
@@ -114,11 +142,11 @@ def calibrate(
     means = {}
     for node in static:
         if node.op_type != "MatMul":
-            means[str(node.inputs[0].name)] = 1 if node.op_type == "Conv" else -1  # type: ignore[union-attr]
+            means[str(node.inputs[0].name)] = 1 if node.op_type == "Conv" else -1
     seen = observe.observe(file, places.names(), batches, observers != {"minmax"}, means, progress)
     stats: dict[str, Any] = {}
     if watched:
-        edges = {name: str(source.layers[name].node.inputs[0].name) for name in watched  # type: ignore[union-attr]
+        edges = {name: str(source.layers[name].node.inputs[0].name) for name in watched
                  if source.layers[name].role in ("linear", "convolution")}  # fmt: skip
         session, names = observe.exposing(file, list(edges.values()))
         for i, batch in enumerate(batches):
@@ -127,21 +155,25 @@ def calibrate(
             for name, edge in edges.items():
                 x = patches(torch.from_numpy(np.ascontiguousarray(values[edge])), source.layers[name])
                 if x is not None:
-                    stats[name] = watched[name].observe(stats.get(name), x)  # type: ignore[attr-defined]
+                    stats[name] = watched[name].observe(stats.get(name), x)
     return seen, stats
 
 
 def patches(x: torch.Tensor, layer: Layer) -> torch.Tensor | None:
-    """What the rows of a weight [n, k] are multiplied with: [rows, k]; None where rows differ (grouped, 1-D, transposed)."""
+    """What the rows of a weight [n, k] are multiplied with: [rows, k]; None where that differs from row to row."""
     node = layer.node
     if node.op_type in ("MatMul", "Gemm"):
         flat = x.reshape(-1, x.shape[-1])
     elif node.op_type == "Conv" and x.ndim == 4 and tidy.attribute(node, "group", 1) == 1:
-        size = [int(n) for n in layer.value.const_value.shape[2:]]  # type: ignore[union-attr]
-        pads = list(tidy.attribute(node, "pads", [0, 0, 0, 0]))  # type: ignore[call-overload]
+        size = extents(layer.value)[2:]
+        pads = list(tidy.attribute(node, "pads", [0, 0, 0, 0]))
         x = torch.nn.functional.pad(x, (pads[1], pads[3], pads[0], pads[2]))
-        dilation, stride = (list(tidy.attribute(node, key, [1, 1])) for key in ("dilations", "strides"))  # type: ignore[call-overload]
-        flat = torch.nn.functional.unfold(x, size, dilation, 0, stride).transpose(1, 2).reshape(-1, x.shape[1] * size[0] * size[1])
+        dilation, stride = (list(tidy.attribute(node, key, [1, 1])) for key in ("dilations", "strides"))
+        flat = (
+            torch.nn.functional.unfold(x, size, dilation, 0, stride)
+            .transpose(1, 2)
+            .reshape(-1, x.shape[1] * size[0] * size[1])
+        )
     else:
         return None
     return flat[:: max(1, len(flat) // ROWS_MOST)]
@@ -156,7 +188,7 @@ def correct(source: Graph, static: set[ir.Node], results: dict[str, QTensor], se
     for name, q in results.items():
         layer = source.layers[name]
         node = layer.node
-        edge = str(node.inputs[0].name)  # type: ignore[union-attr]
+        edge = str(node.inputs[0].name)
         if node not in static or node.op_type == "MatMul" or edge not in seen.sums or len(list(layer.value.uses())) > 1:
             continue
         w = source.read(name)
@@ -165,7 +197,7 @@ def correct(source: Graph, static: set[ir.Node], results: dict[str, QTensor], se
         delta = (q.decode() - w.float()).numpy().astype(np.float64)
         n = len(delta)
         if node.op_type == "Conv":
-            groups = int(tidy.attribute(node, "group", 1))  # type: ignore[call-overload]
+            groups = int(tidy.attribute(node, "group", 1))
             per = len(mean) // groups
             delta = delta.reshape(n, per, -1).sum(-1)
             shift = (delta * mean.reshape(groups, 1, per).repeat(n // groups, 1).reshape(n, per)).sum(1)

@@ -17,7 +17,7 @@ from wherry.engine.graph.place import Places
 from wherry.formats.onnx import graph as edit
 from wherry.formats.onnx import tidy
 from wherry.formats.onnx.blocks import blocks
-from wherry.formats.onnx.source import Layer
+from wherry.formats.onnx.source import Layer, extents
 from wherry.scheme import Group, QTensor
 
 BIAS_MOST = 2.0**30
@@ -89,7 +89,7 @@ def rounded_for(node: ir.Node, value: ir.Value, places: Places) -> bool:
 
 def weight(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> ir.Value:
     """Codes of one weight and their DequantizeLinear, in the place of the float weight. Returns the scales."""
-    shape = tuple(int(n) for n in layer.value.const_value.shape)  # type: ignore[union-attr]
+    shape = extents(layer.value)
     kind = np.int8
     codes = layer.stored(q.code.numpy().astype(kind), shape)
     scales = q.scale.float().numpy().reshape(-1)
@@ -111,7 +111,7 @@ def weight(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> ir.Value:
 
 def recurrent(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> None:
     """Weights of an LSTM, GRU or RNN [d, g * h, k]: their codes as one matrix, brought back to their shape."""
-    shape = tuple(int(n) for n in layer.value.const_value.shape)  # type: ignore[union-attr]
+    shape = extents(layer.value)
     users = list(layer.value.uses())
     detach(graph, layer.value)
     scales = q.scale.float().numpy().reshape(-1)
@@ -137,7 +137,12 @@ def table(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> None:
         rows = edit.call(node, "Gather", [codes, ids], f"{node.outputs[0].name}/codes", axis=0)
         steps = edit.call(node, "Gather", [scales, ids], f"{node.outputs[0].name}/scales", axis=0)
         floats = edit.call(node, "Cast", [rows], f"{node.outputs[0].name}/float", to=ir.DataType.FLOAT)
-        tidy.swap(graph, node, edit.call(node, "Mul", [floats, steps], f"{node.outputs[0].name}/table"), str(node.outputs[0].name))
+        tidy.swap(
+            graph,
+            node,
+            edit.call(node, "Mul", [floats, steps], f"{node.outputs[0].name}/table"),
+            str(node.outputs[0].name),
+        )
 
 
 def biases(graph: ir.Graph, node: ir.Node, x_scale: float, w_scale: np.ndarray) -> str:
@@ -162,7 +167,7 @@ def biases(graph: ir.Graph, node: ir.Node, x_scale: float, w_scale: np.ndarray) 
 
 def dynamic(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> None:
     """Products whose input's scale is found when they run, one for the whole input."""
-    shape = tuple(int(n) for n in layer.value.const_value.shape)  # type: ignore[union-attr]
+    shape = extents(layer.value)
     users = list(layer.value.uses())
     detach(graph, layer.value)
     node = users[0].node
@@ -190,7 +195,7 @@ def dynamic(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> None:
             flat = bias.reshape(-1, *[1] * (len(shape) - 2)) if node.op_type == "Conv" else bias
             node.replace_input_with(2, None)
             tidy.forget(graph, old)
-            y = edit.call(node, "Add", [y, tidy.initializer(graph, str(old.name), flat)], f"{out}/biased")  # type: ignore[union-attr]
+            y = edit.call(node, "Add", [y, tidy.initializer(graph, f"{old.name}.drawn", flat)], f"{out}/biased")
         tidy.swap(graph, node, y, out)
 
 

@@ -81,22 +81,31 @@ def mse(counts: np.ndarray, edges: np.ndarray, low: float, high: float) -> tuple
 
 
 def entropy(counts: np.ndarray, edges: np.ndarray, low: float, high: float) -> tuple[float, float]:
-    """Shrink while the KL of the seen distribution to its rounded one falls."""
+    """Shrink while the KL of the seen distribution to its rounded one falls.
+
+    What is clipped counts at the ends of the seen one alone. The bin that holds 0 is left out: 0 has a code of its own,
+    and the many zeros behind a ReLU would count as lost among their neighbours.
+    """
     centre = (edges[:-1] + edges[1:]) / 2
-    total = counts.sum()
-    seen = counts > 0
+    counts = counts.copy()
+    counts[min(int(np.searchsorted(edges, 0.0, "right")) - 1, len(counts) - 1)] = 0
+    if not counts.sum():
+        return low, high
 
     def divergence(a: float, b: float) -> float:
-        step = max(b - a, 1e-12) / 255
-        zero = np.round(-a / step)
-        code = np.clip(np.round(centre / step + zero), 0, 255).astype(np.int64)
-        inside = (centre >= a - step / 2) & (centre <= b + step / 2)
-        mass = np.bincount(code, counts, 256)  # clipped values lie in the outermost codes
-        width = np.bincount(code, seen & inside, 256)  # and are spread over the bins that the code stands for
-        q = np.where(seen & inside, mass[code] / np.maximum(width[code], 1), 0)
-        p = counts / total
-        q = np.maximum(q / max(q.sum(), 1e-30), 1e-9)
-        return float((p[seen] * np.log(p[seen] / q[seen])).sum())
+        inside = np.flatnonzero((centre >= a) & (centre <= b))
+        if len(inside) < 256:
+            return float("inf")
+        p = counts[inside].copy()
+        kept = p.copy()
+        p[0] += counts[: inside[0]].sum()
+        p[-1] += counts[inside[-1] + 1 :].sum()
+        step = (b - a) / 255
+        code = np.clip(np.round((centre[inside] - a) / step), 0, 255).astype(np.int64)
+        there = p > 0
+        spread = np.bincount(code, kept, 256) / np.maximum(np.bincount(code, there, 256), 1)
+        p, q = p[there] / p.sum(), np.maximum(spread[code][there], 1e-12)
+        return float((p * np.log(p / (q / q.sum()))).sum())
 
     return shrink(divergence, low, high)
 

@@ -36,8 +36,8 @@ def check(plan: "Plan") -> dict[str, str]:
     """
     from wherry.formats.onnx import legal
 
-    packages(plan.task.kind)
-    return legal.check(plan)
+    packages("" if plan.checkpoint.graph is not None else plan.task.kind)
+    return legal.graph(plan) if plan.checkpoint.graph is not None else legal.check(plan)
 
 
 def packages(task: str) -> None:
@@ -86,7 +86,7 @@ def save(
 
 
 def load(path: Path) -> "Checkpoint":
-    """Open an .onnx file, or the folder that holds model.onnx, as a Checkpoint whose `graph` is the graph. See source.py."""
+    """Open an .onnx file, or the folder that holds model.onnx, as a Checkpoint with a `graph`. See source.py."""
     packages("")
     from wherry.formats.onnx import source
 
@@ -110,6 +110,10 @@ def decode(artifact: Artifact) -> Iterator[tuple[str, Any]]:
     """Every weight as (Hugging Face name, float32 [n, k]); codes are decoded by ONNX Runtime's own operators."""
     from wherry.formats.onnx import foreign
 
+    if artifact.manifest.get("graph"):
+        from wherry.formats.onnx import whole
+
+        return whole.decode(artifact)
     return foreign.decode(artifact.main)
 
 
@@ -130,8 +134,9 @@ def command(artifact: Artifact) -> list[str]:
         return [f'python -c "$(printf "{text}")"', f"wherry serve {path}"]
     names = ", ".join(f"{name}=..." for name in artifact.task.inputs)
     session = f"onnxruntime.InferenceSession('{artifact.main}')"
+    outputs = None if artifact.manifest.get("graph") else ["embedding"]
     return [
-        f"python -c \"import onnxruntime; s = {session}\"  # s.run(['embedding'], dict({names}))",
+        f"python -c \"import onnxruntime; s = {session}\"  # s.run({outputs}, dict({names}))",
         f"wherry serve {path}",
     ]
 

@@ -28,6 +28,30 @@ def check(plan: Plan) -> dict[str, str]:
     return {row.name: note for row in plan.taken() if (note := tensor(row, generator))}
 
 
+def graph(plan: Plan) -> dict[str, str]:
+    """Notes on the weights of an ONNX graph. Raises Unsupported for a scheme that its operators cannot hold."""
+    notes = {}
+    for row in plan.taken():
+        assert row.scheme
+        try:
+            if row.role != "linear" or row.scheme.activations is not None:
+                if row.scheme.bits != 8 or not isinstance(row.scheme.grain, Row) or not row.scheme.symmetric:
+                    raise Unsupported(
+                        f"{row.scheme}: a {row.role} weight takes 8 bits, symmetric, a scale per row; "
+                        "use W8A8_STATIC, W8A8, or W8A16"
+                    )
+                continue
+            if isinstance(row.scheme.grain, Row) and row.scheme.bits == 8 and row.scheme.symmetric:
+                continue
+            bits = container(row.scheme)
+            block_size(row.scheme, row.shape[-1])
+            if bits != row.scheme.bits:
+                notes[row.name] = f"{row.scheme.bits}-bit codes live in {bits}-bit blocks: no bytes saved"
+        except Unsupported as error:
+            raise Unsupported(f"onnx, {row.name}: {error}") from error
+    return notes
+
+
 def architecture(config: dict) -> str:
     """Name of the builder's class that draws this language model.
 

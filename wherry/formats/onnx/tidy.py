@@ -4,6 +4,8 @@ Nothing here changes what the graph computes, but for rounding in float32 (the e
 Source: folding a batch norm into the layer before it: Jacob et al. 2018, arXiv:1712.05877, section 3.2.
 """
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -48,7 +50,7 @@ def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return value
 
 
-def attribute(node: ir.Node, name: str, default: object) -> object:
+def attribute(node: ir.Node, name: str, default: Any) -> Any:
     """Value of an attribute, or the default."""
     found = node.attributes.get(name)
     return default if found is None else found.value
@@ -57,7 +59,7 @@ def attribute(node: ir.Node, name: str, default: object) -> object:
 def forget(graph: ir.Graph, value: ir.Value | None) -> None:
     """Remove an initializer that nothing reads any more."""
     if value is not None and value.name in graph.initializers and not value.uses() and not value.is_graph_output():
-        del graph.initializers[value.name]
+        del graph.initializers[str(value.name)]
 
 
 def turn_weights(graph: ir.Graph) -> None:
@@ -69,7 +71,7 @@ def turn_weights(graph: ir.Graph) -> None:
         array = constant(weight)
         if array is None or weight is None or len(weight.uses()) > 1 or node.outputs[0].is_graph_output():
             continue
-        turned = np.transpose(array, attribute(node, "perm", tuple(range(array.ndim))[::-1]))  # type: ignore[arg-type]
+        turned = np.transpose(array, attribute(node, "perm", tuple(range(array.ndim))[::-1]))
         name = str(weight.name)
         node.replace_input_with(0, None)
         forget(graph, weight)
@@ -112,11 +114,11 @@ def fold_batch_norms(graph: ir.Graph) -> int:
         axis = output_axis(layer)
         if axis is None or weight.shape[axis] != len(gain):
             continue
-        factor = (gain / np.sqrt(variance.astype(np.float64) + attribute(node, "epsilon", 1e-5))).astype(np.float64)  # type: ignore[operator]
+        factor = (gain / np.sqrt(variance.astype(np.float64) + attribute(node, "epsilon", 1e-5))).astype(np.float64)
         shape = [1] * weight.ndim
         shape[axis] = -1
         old = (layer.inputs[1], layer.inputs[2] if had_bias else None, *node.inputs[1:5])
-        names = (str(old[0].name), str(old[1].name) if old[1] is not None else f"{old[0].name}.bias")  # type: ignore[union-attr]
+        names = (str(old[0].name), str(old[1].name) if old[1] is not None else f"{old[0].name}.bias")
         new_weight = (weight * factor.reshape(shape)).astype(weight.dtype)
         new_bias = (((0 if bias is None else bias) - mean) * factor + shift).astype(weight.dtype)
         x = layer.inputs[0]
@@ -143,7 +145,7 @@ def pool_means(graph: ir.Graph) -> None:
         if x is None or x.shape is None or len(x.shape) != 4:
             continue
         axes = constant(node.inputs[1]) if len(node.inputs) > 1 else attribute(node, "axes", None)
-        if axes is None or sorted(int(a) % 4 for a in axes) != [2, 3]:  # type: ignore[attr-defined]
+        if axes is None or sorted(int(a) % 4 for a in axes) != [2, 3]:
             continue
         out = node.outputs[0]
         pool = ir.node("GlobalAveragePool", [x], name=f"{node.name}/pool")

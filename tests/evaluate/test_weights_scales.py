@@ -1,0 +1,30 @@
+"""Scales that were changed after they were rounded are seen in the decoded weights alone, at any factor."""
+
+import numpy as np
+import pytest
+import torch
+
+from wherry.evaluate.weights import unrounded_scales
+from wherry.ops import grid
+from wherry.scheme import QTensor, Scheme
+
+
+@pytest.mark.parametrize(
+    "text", ["W4A16_ASYM,group_size=32", "W4A16,group_size=64", "W3A16,group_size=32", "W2A16,group_size=16"]
+)
+@pytest.mark.parametrize("factor", [0.5, 0.97, 0.995, 1.0, 1.004, 1.02, 1.3])
+def test_a_changed_scale_shows(text, factor):
+    scheme = Scheme.parse(text)
+    w = torch.randn(64, 256, generator=torch.Generator().manual_seed(3))
+    q = grid.encode(w, scheme, *grid.fit(w, scheme))
+    changed = QTensor(scheme, q.code, (q.scale * factor).half().float(), q.zero).decode().numpy()
+    assert bool(unrounded_scales(changed, scheme)) == (factor not in (0.5, 1.0))
+
+
+def test_one_changed_group_in_ten_is_no_alarm_of_this_check():
+    scheme = Scheme.parse("W4A16,group_size=32")
+    w = torch.randn(64, 320, generator=torch.Generator().manual_seed(3))
+    q = grid.encode(w, scheme, *grid.fit(w, scheme))
+    scale = q.scale.clone()
+    scale[:, 0] *= 1.02
+    assert not unrounded_scales(np.asarray(QTensor(scheme, q.code, scale, None).decode()), scheme)

@@ -231,6 +231,8 @@ class Checkpoint:
                 return shelf.find("formats", "gguf").load(inner[0])
             raise Missing(f"{path} has no config.json: not a model's folder")
         config = read_object(file)
+        if (path / "model.bin").exists() and "model_type" not in config:
+            return shelf.find("formats", "ctranslate2").load(path)
         quantization = config.get("quantization_config")
         if quantization:
             method = quantization.get("quant_method", "?")
@@ -288,9 +290,10 @@ class Checkpoint:
     def skeleton(self) -> torch.nn.Module:
         """The module in eval mode with all parameters on the meta device: structure without memory."""
         import accelerate
-        from transformers import AutoModel, AutoModelForCausalLM
+        from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSpeechSeq2Seq
 
-        builder = AutoModelForCausalLM if self.task.kind == "text-generation" else AutoModel
+        builders = {"text-generation": AutoModelForCausalLM, "automatic-speech-recognition": AutoModelForSpeechSeq2Seq}
+        builder = builders.get(self.task.kind, AutoModel)
         config = self.hf_config
         try:
             with accelerate.init_empty_weights(include_buffers=False):
@@ -310,7 +313,7 @@ class Checkpoint:
         for name, parameter in module.named_parameters(remove_duplicate=False):
             candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
             match = next((c for c in candidates if c in have), None)
-            if match is None and name == "lm_head.weight" and self.tied:
+            if match is None and name in ("lm_head.weight", "proj_out.weight") and self.tied:
                 match = next(n for n in have if n.endswith("embed_tokens.weight") or n.endswith("wte.weight"))
             if match is None:
                 if "pooler" in name:  # sentence encoders are often shipped without it, and it is not used

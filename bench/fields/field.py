@@ -86,6 +86,11 @@ def write_task(folder: Path, kind: str, **fields: Any) -> None:
     (folder / "task.json").write_text(json.dumps({"kind": kind, **fields}, indent=1) + "\n")
 
 
+def read_task(folder: Path) -> dict[str, Any]:
+    """The folder's task.json."""
+    return json.loads((folder / "task.json").read_text())
+
+
 def export(
     module: Any,
     args: Sequence[Any],

@@ -8,7 +8,6 @@ NNCF: nncf.quantize on the ONNX graph with its defaults (preset mixed, fast bias
     where the graph is one; in an environment of its own (bench/peers/nncf_ptq.py).
 """
 
-import json
 import subprocess
 import time
 from collections.abc import Iterator
@@ -39,6 +38,10 @@ class Reader:
     def get_next(self) -> Feeds | None:
         """The next inputs, or None."""
         return next(self.left, None)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        """A part of them, for CalibStridedMinMax."""
+        self.left = iter(self.feeds[start_index:end_index])
 
     def __len__(self) -> int:
         return len(self.feeds)
@@ -75,6 +78,7 @@ def _onnxruntime(name: str, graph: Path, feeds: list[Feeds], target: Path) -> No
             str(plain), str(target), Reader(feeds), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
             activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
             calibrate_method=getattr(quantization.CalibrationMethod, STATIC[name]),
+            extra_options={"CalibStridedMinMax": 1},  # one by one: histograms fail on unequal lengths otherwise
         )  # fmt: skip
     finally:
         plain.unlink()
@@ -106,8 +110,3 @@ def timed(*job: Any) -> float:
     start = time.perf_counter()
     quantize(*job)
     return round(time.perf_counter() - start, 1)
-
-
-def read_task(folder: Path) -> dict[str, Any]:
-    """The folder's task.json."""
-    return json.loads((folder / "task.json").read_text())

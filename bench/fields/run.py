@@ -28,7 +28,7 @@ import numpy as np
 import quantizers
 import score
 from engines import ENGINES, available, load
-from field import Feeds, Field, Run
+from field import Feeds, Field, Run, read_task
 from table import show
 
 HERE = Path(__file__).parent
@@ -137,7 +137,7 @@ def make(variant: str, field: Field, folder: Path, feeds: dict[str, list[Feeds]]
     shutil.rmtree(out, ignore_errors=True)
     partial_ = out.with_name(out.name + ".partial")
     shutil.rmtree(partial_, ignore_errors=True)
-    task = quantizers.read_task(folder)
+    task = read_task(folder)
     seconds = sum(
         quantizers.timed(variant, folder / f"{part}.onnx", task, feeds[part], partial_, python) for part in field.parts
     )
@@ -172,8 +172,8 @@ def once(run: Run, example: dict[str, Feeds]) -> None:
 def fingerprint(folder: Path) -> str:
     """Hash of the folder's graphs, task and data."""
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        digest.update(file.name.encode() + b"\n" + hashlib.sha256(file.read_bytes()).digest())
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\n" + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:16]
 
 

@@ -231,3 +231,10 @@ def test_the_real_model_hears_digits() -> None:
     ids = module.generate(torch.from_numpy(features), decoder_input_ids=start, do_sample=False, num_beams=1)
     said = opened.task.tokenizer.decode(ids[0].tolist())
     assert [letter for letter in said if letter.isdigit()] == list("2906")
+
+
+def test_it_is_not_written(tiny_llama: Path) -> None:
+    from wherry.recipe import Recipe
+
+    with pytest.raises(Unsupported, match="read, not written"):
+        Recipe.parse("rtn:scheme=W8A8").plan(Checkpoint.open(tiny_llama), ("ctranslate2",))

@@ -13,7 +13,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
@@ -23,6 +23,9 @@ from wherry.locate import license_of, name_of
 from wherry.report import read_object
 from wherry.scheme import QTensor, Scheme
 from wherry.task import Task
+
+if TYPE_CHECKING:
+    from wherry.recipe import Plan
 
 DTYPES = (torch.float32, torch.int8, torch.int16, torch.int32, torch.float16, torch.bfloat16)
 VERSIONS = (4, 5, 6)
@@ -237,6 +240,11 @@ class Whisper:
     def bytes(self) -> int:
         """Size of the file."""
         return self.binary.size
+
+
+def check(plan: "Plan") -> dict[str, str]:
+    """Always raises Unsupported: this format is read, not written."""
+    raise Unsupported("ctranslate2 is read, not written; formats that are written: compressed_tensors, gguf, onnx")
 
 
 def load(path: Path) -> Checkpoint:

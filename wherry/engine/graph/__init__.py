@@ -21,7 +21,7 @@ import torch
 from wherry import tensorfile
 from wherry.artifact import Artifact
 from wherry.checkpoint import SIDE_FILES
-from wherry.engine.graph import draw, observe
+from wherry.engine.graph import bias, draw, observe
 from wherry.engine.graph.place import Places, place
 from wherry.engine.unit import fact
 from wherry.formats.onnx import graph as edit
@@ -86,7 +86,7 @@ def run(
         progress(i, len(rows), name)
         w = source.read(name)
         assert isinstance(w, torch.Tensor)
-        step = replace(steps[row.step], scheme=row.scheme, portable=False)
+        step = replace(steps[row.step], scheme=row.scheme or steps[row.step].scheme, portable=False)
         q = (
             step.solve(w.float(), stats[name], notes[name])
             if name in stats
@@ -95,7 +95,7 @@ def run(
         results[name] = q
         facts.append(fact(row, w, q, notes[name]))
     if seen is not None and any(step.bias_correction for step in steps):
-        correct(source, static, results, seen)
+        bias.correct(source, static, results, seen)
     scales = {}
     if seen is not None:
         observers = next((step.activation_observer for step in steps if step.scheme.activations), "mse")
@@ -142,11 +142,11 @@ def calibrate(
     means = {}
     for node in static:
         if node.op_type != "MatMul":
-            means[str(node.inputs[0].name)] = 1 if node.op_type == "Conv" else -1
+            means[edge_of(node)] = 1 if node.op_type == "Conv" else -1
     seen = observe.observe(file, places.names(), batches, observers != {"minmax"}, means, progress)
     stats: dict[str, Any] = {}
     if watched:
-        edges = {name: str(source.layers[name].node.inputs[0].name) for name in watched
+        edges = {name: edge_of(source.layers[name].node) for name in watched
                  if source.layers[name].role in ("linear", "convolution")}  # fmt: skip
         session, names = observe.exposing(file, list(edges.values()))
         for i, batch in enumerate(batches):
@@ -154,8 +154,9 @@ def calibrate(
             values = dict(zip(names, observe.run(session, names, batch), strict=True))
             for name, edge in edges.items():
                 x = patches(torch.from_numpy(np.ascontiguousarray(values[edge])), source.layers[name])
+                step: Any = watched[name]
                 if x is not None:
-                    stats[name] = watched[name].observe(stats.get(name), x)
+                    stats[name] = step.observe(stats.get(name), x)
     return seen, stats
 
 
@@ -168,52 +169,18 @@ def patches(x: torch.Tensor, layer: Layer) -> torch.Tensor | None:
         size = extents(layer.value)[2:]
         pads = list(tidy.attribute(node, "pads", [0, 0, 0, 0]))
         x = torch.nn.functional.pad(x, (pads[1], pads[3], pads[0], pads[2]))
-        dilation, stride = (list(tidy.attribute(node, key, [1, 1])) for key in ("dilations", "strides"))
-        flat = (
-            torch.nn.functional.unfold(x, size, dilation, 0, stride)
-            .transpose(1, 2)
-            .reshape(-1, x.shape[1] * size[0] * size[1])
-        )
+        dilation, stride = (tuple(tidy.attribute(node, key, [1, 1])) for key in ("dilations", "strides"))
+        columns = torch.nn.functional.unfold(x, size, dilation, 0, stride)
+        flat = columns.transpose(1, 2).reshape(-1, columns.shape[1])
     else:
         return None
     return flat[:: max(1, len(flat) // ROWS_MOST)]
 
 
-def correct(source: Graph, static: set[ir.Node], results: dict[str, QTensor], seen: observe.Seen) -> None:
-    """Take the mean of what rounding the weights adds to a layer's output from its bias.
-
-    Source: Nagel et al. 2019, Data-Free Quantization Through Weight Equalization and Bias Correction, arXiv:1906.04721;
-    here with the measured mean of each input channel. Padding is not counted.
-    """
-    for name, q in results.items():
-        layer = source.layers[name]
-        node = layer.node
-        edge = str(node.inputs[0].name)
-        if node not in static or node.op_type == "MatMul" or edge not in seen.sums or len(list(layer.value.uses())) > 1:
-            continue
-        w = source.read(name)
-        assert isinstance(w, torch.Tensor)
-        mean = seen.sums[edge] / seen.tokens[edge]
-        delta = (q.decode() - w.float()).numpy().astype(np.float64)
-        n = len(delta)
-        if node.op_type == "Conv":
-            groups = int(tidy.attribute(node, "group", 1))
-            per = len(mean) // groups
-            delta = delta.reshape(n, per, -1).sum(-1)
-            shift = (delta * mean.reshape(groups, 1, per).repeat(n // groups, 1).reshape(n, per)).sum(1)
-        else:
-            shift = delta @ mean
-        old = node.inputs[2] if len(node.inputs) > 2 else None
-        array = tidy.constant(old)
-        if old is not None and array is None:
-            continue
-        base = np.zeros(n) if array is None else array.reshape(-1)
-        bias_name = f"{name}.bias" if old is None else str(old.name)
-        if len(node.inputs) < 3:
-            node.resize_inputs(3)
-        node.replace_input_with(2, None)
-        tidy.forget(source.model.graph, old)
-        node.replace_input_with(2, tidy.initializer(source.model.graph, bias_name, (base - shift).astype(np.float32)))
+def edge_of(node: ir.Node) -> str:
+    """Name of the edge that a layer reads."""
+    assert node.inputs[0] is not None
+    return str(node.inputs[0].name)
 
 
 def write(
@@ -239,7 +206,7 @@ def write(
             assert w_scale is not None
             for node in users:
                 if node in places.layers and node.op_type in ("Conv", "Gemm") and node.inputs[0] is not None:
-                    note = draw.biases(graph, node, by_name[str(node.inputs[0].name)], w_scale)
+                    note = draw.biases(graph, node, by_name[edge_of(node)], w_scale)
                     if note:
                         notes[name].append(note)
         if kinds[name] == "static" and layer.node not in places.layers:

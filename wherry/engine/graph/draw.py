@@ -190,8 +190,8 @@ def dynamic(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> None:
         both = edit.call(node, "Mul", [x_scale, scale], f"{out}/steps")
         y = edit.call(node, "Mul", [floats, both], f"{out}/scaled")
         bias = tidy.constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        if bias is not None:
-            old = node.inputs[2]
+        old = node.inputs[2] if bias is not None else None
+        if bias is not None and old is not None:
             flat = bias.reshape(-1, *[1] * (len(shape) - 2)) if node.op_type == "Conv" else bias
             node.replace_input_with(2, None)
             tidy.forget(graph, old)

@@ -118,7 +118,8 @@ def fold_batch_norms(graph: ir.Graph) -> int:
         shape = [1] * weight.ndim
         shape[axis] = -1
         old = (layer.inputs[1], layer.inputs[2] if had_bias else None, *node.inputs[1:5])
-        names = (str(old[0].name), str(old[1].name) if old[1] is not None else f"{old[0].name}.bias")
+        own = str(layer.inputs[1].name)  # type: ignore[union-attr]
+        names = (own, f"{own}.bias" if old[1] is None else str(old[1].name))
         new_weight = (weight * factor.reshape(shape)).astype(weight.dtype)
         new_bias = (((0 if bias is None else bias) - mean) * factor + shift).astype(weight.dtype)
         x = layer.inputs[0]

@@ -20,7 +20,7 @@ from wherry.shelf import missing
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".au")
 KEYS = ("sampling_rate", "features", "n_mels", "n_fft", "hop_length", "frames", "normalize", "layout", "window",
-        "context", "threshold")  # fmt: skip
+        "context", "threshold", "state", "constants")  # fmt: skip
 
 
 def load(example: Any, sampling_rate: int) -> np.ndarray:

@@ -143,6 +143,10 @@ class Task:
             tokenizer.no_truncation()
         return found
 
+    def words(self, text: Any) -> list[int | None]:
+        """The word that each token of `text` (a list of words) belongs to; None for special tokens."""
+        return list(self._encoding(text).word_ids)
+
     def batch(self, texts: list[Any]) -> dict[str, np.ndarray]:
         """Padded int64 inputs [batch, longest] by input name, for encoders, of texts or pairs of texts."""
         found = [self._encoding(text) for text in texts]

@@ -75,12 +75,12 @@ def share(hits: Sequence[np.ndarray]) -> Interval:
 
 def correlation(x: np.ndarray, y: np.ndarray, ranks: bool, seed: int = 0) -> Interval:
     """Spearman's (ranks=True) or Pearson's correlation of x [n] and y [n]: BCa bootstrap over the pairs."""
-    return _bootstrap((x, y), lambda a, b, axis: _correlate(a, b, ranks), seed)
+    return _bootstrap((x, y), lambda a, b, axis: correlate(a, b, ranks), seed)
 
 
 def difference(x: np.ndarray, reference: np.ndarray, y: np.ndarray, ranks: bool, seed: int = 0) -> Interval:
     """correlation(x, y) - correlation(reference, y), the same pairs drawn for both: BCa bootstrap."""
-    return _bootstrap((x, reference, y), lambda a, b, c, axis: _correlate(a, c, ranks) - _correlate(b, c, ranks), seed)
+    return _bootstrap((x, reference, y), lambda a, b, c, axis: correlate(a, c, ranks) - correlate(b, c, ranks), seed)
 
 
 def _bootstrap(data: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], seed: int) -> Interval:
@@ -101,10 +101,47 @@ def _bootstrap(data: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray
     return Interval(value, None, None)
 
 
-def _correlate(a: np.ndarray, b: np.ndarray, ranks: bool) -> np.ndarray:
-    """Correlation along the last axis; leading axes are resamples."""
+def correlate(a: np.ndarray, b: np.ndarray, ranks: bool) -> np.ndarray:
+    """Pearson's correlation, or with ranks Spearman's, along the last axis; leading axes are resamples."""
     if ranks:
         a, b = stats.rankdata(a, axis=-1), stats.rankdata(b, axis=-1)
     a = a - a.mean(-1, keepdims=True)
     b = b - b.mean(-1, keepdims=True)
     return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+
+
+def draws(count: int, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
+    """How often each of `count` examples is drawn in each resample with replacement: float64 [resamples, count]."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
+
+
+def weighted(statistic: Callable[[np.ndarray], np.ndarray], count: int, seed: int = 0) -> Interval:
+    """Any statistic of examples: percentile bootstrap over them.
+
+    Args:
+        statistic: weights [resamples, count] of the examples to values [resamples]; NaN where it has none.
+        count: number of examples.
+    """
+    value = float(statistic(np.ones((1, count)))[0])
+    if count < 3 or not np.isfinite(value):
+        return Interval(value, None, None)
+    found = np.concatenate([statistic(part) for part in np.array_split(draws(count, seed), 20)])
+    found = found[np.isfinite(found)]
+    if len(found) < RESAMPLES // 2:
+        return Interval(value, None, None)
+    low, high = np.percentile(found, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    return Interval(value, float(low), float(high))
+
+
+def paired_share(hits: np.ndarray, reference: np.ndarray) -> Interval:
+    """Difference of two shares over the same examples, hits - reference, both boolean [n].
+
+    Source: Bonett and Price 2012, "Adjusted Wald confidence interval for a difference of binomial proportions based on
+    paired data": one example is added to each kind of disagreement, so that no disagreement keeps an honest width.
+    """
+    count = len(hits)
+    won, lost = int((hits & ~reference).sum()), int((~hits & reference).sum())
+    p, q = (won + 1) / (count + 2), (lost + 1) / (count + 2)
+    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * float(np.sqrt((p + q - (p - q) ** 2) / (count + 2)))
+    value = (won - lost) / count
+    return Interval(value, max(-1.0, min(value, p - q - half)), min(1.0, max(value, p - q + half)))

@@ -7,11 +7,13 @@ Source: Cer et al. 2017, SemEval task 1 (STS benchmark): cosine of the two embed
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from wherry.errors import BadInput
 from wherry.evaluate import interval
+from wherry.evaluate.metric import Metric
 from wherry.evaluate.perplexity import Progress, silent
 from wherry.report import Report
 from wherry.session import Session
@@ -65,6 +67,33 @@ def measure(
         ends = interval.correlation(cosine, found.score, ranks)
         _row(report, what, where, ends, f"{len(pairs)} pairs; 95% bootstrap interval")
     return found, report
+
+
+def say(session: Session, task: Task, examples: Sequence[Any]) -> list[float]:
+    """Cosine of the two sentences of each pair of one batch."""
+    if not all(isinstance(example, tuple) for example in examples):
+        raise BadInput("sentence similarity is judged on pairs: a .csv or .tsv of sentence, sentence, score is wanted")
+    rows = embed(session, task, [a for a, _ in examples] + [b for _, b in examples]).astype(np.float64)
+    a, b = np.split(rows, 2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return list((a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)))
+
+
+def metrics(said: Sequence[float], wanted: Sequence[float], task: Task) -> list[Metric]:
+    """Spearman's and Pearson's correlation of the cosines with people's scores, by weights of the pairs."""
+    x, y = np.asarray(said, np.float64), np.asarray(wanted, np.float64)
+    if len(x) < 3:
+        raise BadInput(f"{len(x)} sentence pairs are too few for a correlation: give three or more")
+
+    def of(weights: np.ndarray, ranks: bool) -> np.ndarray:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            drawn = [np.repeat(np.arange(len(x)), row.astype(int)) for row in weights]
+            return np.array([float(interval.correlate(x[i], y[i], ranks)) for i in drawn])
+
+    return [
+        Metric("spearman", lambda w: of(w, True), len(x)),
+        Metric("pearson", lambda w: of(w, False), len(x)),
+    ]
 
 
 def compare(reference: Similarity, other: Similarity, where: str, original: str = "original") -> Report:

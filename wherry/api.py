@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from wherry import data, shelf
-from wherry.artifact import Artifact
 from wherry.choose import able, artifacts, open_session
 from wherry.errors import BadInput, Error
 from wherry.report import Report
@@ -270,62 +269,39 @@ def verify(
 
 
 def evaluate(
-    model: str | Path, data_file: str | Path | None = None, runtime: str = "auto", progress: Progress = quiet
+    model: str | Path,
+    data_file: str | Path | None = None,
+    runtime: str = "auto",
+    progress: Progress = quiet,
+    against: str | Path | None = None,
+    robustness: bool = False,
+    max_bad: float = data.MAX_BAD,
+    most: int = 0,
 ) -> Report:
-    """Quality of a model or artifact on data: perplexity of text, Spearman and Pearson on sentence pairs."""
-    from wherry.evaluate import perplexity, similarity
+    """Quality of a model or artifact on data, by the metrics of its task, each with a 95% interval.
 
-    session, artifact, report = open_session(model, runtime)
-    task = artifact.task
-    try:
-        if task.kind == "text-generation":
-            source = data.read(data_file or data.shipped("evaluation"))
-            table = data.windows(source, task, min(512, task.max_length), 16)
-            report.extend(perplexity.perplexity(session, table.tolist(), artifact.name, progress)[1])
-        else:
-            source = data.read(data_file or data.shipped("pairs"))
-            if not source.pairs:
-                raise BadInput(
-                    f"{source.name} holds no sentence pairs: a .csv or .tsv of sentence, sentence, score is wanted"
-                )
-            report.extend(similarity.measure(session, task, source.pairs, artifact.name, progress=progress)[1])
-    finally:
-        session.close()
-    report.add("evaluation data", "", source.name, note=f"sha256 {source.digest[:16]}")
-    report.title = f"{artifact.name} on {source.name}"
-    return report
+    Args:
+        model: an artifact, a graph model, a checkpoint; of a task that writes, a folder with encoder and decoder.
+        data_file: labelled examples, see `data.read`; None = what the package ships, for texts and sentence pairs.
+        runtime: a name, or "auto". progress: called as progress(done, total, text).
+        against: the original: measured too, with paired differences.
+        robustness: also under noise, blur, typos ... (`evaluate.perturb`), and the latency of single calls.
+        max_bad: share of pictures or sounds that may be undecodable; they are named in the report.
+        most: judge on the first so many examples; 0 = all.
+    """
+    from wherry import judge
+
+    return judge.evaluate(model, data_file, runtime, progress, against, robustness, max_bad, most)
 
 
-def compare(a: str | Path, b: str | Path, data_file: str | Path | None = None, progress: Progress = quiet) -> Report:
+def compare(
+    a: str | Path, b: str | Path, data_file: str | Path | None = None, progress: Progress = quiet,
+    max_bad: float = data.MAX_BAD,
+) -> Report:  # fmt: skip
     """Two models or artifacts on the same data: sizes, quality with paired intervals, B against A."""
-    from wherry.evaluate import drift, similarity
+    from wherry import judge
 
-    first, one, _ = open_session(a)
-    second, two, _ = open_session(b)
-    task, report = one.task, Report(f"{b} against {a}")
-    names = (str(a), str(b))
-    try:
-        for artifact, name in zip((one, two), names, strict=True):
-            report.add("bytes", name, _bytes(artifact), "B")
-        if task.kind == "text-generation":
-            source = data.read(data_file or data.shipped("evaluation"))
-            table = data.windows(source, task, min(256, task.max_length), 8).tolist()
-            report.extend(drift.compare(first, second, table, names[1], names[0], progress=progress))
-        else:
-            source = data.read(data_file or data.shipped("pairs"))
-            base, rows = similarity.measure(first, task, source.pairs, names[0], progress=progress)
-            other, more = similarity.measure(second, two.task, source.pairs, names[1], progress=progress)
-            report.extend(rows).extend(more).extend(similarity.compare(base, other, names[1], names[0]))
-    finally:
-        first.close()
-        second.close()
-    return report
-
-
-def _bytes(artifact: Artifact) -> int:
-    if artifact.manifest["files"]:
-        return artifact.bytes
-    return sum(file.stat().st_size for file in artifact.path.glob("*.safetensors"))
+    return judge.compare(a, b, data_file, progress, max_bad)
 
 
 def measure(artifact: str | Path, runtime: str = "auto", threads: int = 0, progress: Progress = quiet) -> Report:

@@ -66,6 +66,17 @@ def summary(report: Report) -> None:
         out.print(part, highlight=False)
 
 
+def verdict(report: Report, as_json: bool) -> None:
+    """Show a report with a verdict, as a summary or as JSON rows; exit with 1 when it failed."""
+    if as_json:
+        show(report, as_json)
+    else:
+        summary(report)
+    found = report.get("verdict")
+    if found and found.value != "PASS":
+        sys.exit(1)
+
+
 @contextmanager
 def bar() -> Iterator[Callable[[int, int, str], None]]:
     """One progress display on standard error, with time left; plain lines when there is no terminal."""
@@ -89,6 +100,32 @@ def bar() -> Iterator[Callable[[int, int, str], None]]:
             shown.update(current, completed=done, total=total, description=f"{text:32.32}")
 
         yield update
+
+
+def grid(report: Report, as_json: bool) -> None:
+    """Print rows that several places share as one table with a column per place, the others below; or JSON rows."""
+    places: dict[str, list[str]] = {}
+    for row in report:
+        places.setdefault(row.what, []).append(row.where)
+    shared = [what for what, where in places.items() if len(set(where)) > 1]
+    columns = list(dict.fromkeys(where for what in shared for where in places[what]))
+    if as_json or not shared or len(columns) > 4:
+        show(report, as_json)
+        return
+    last = {(row.what, row.where): row for row in report}
+    alone = [row for row in report if row.what not in shared]
+    paired = [row for row in alone if row.where in columns and row.low is not None]
+    table = Table(title=report.title or None, title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    for place in columns:
+        table.add_column(place, justify="right")
+    for what in [*shared, *(row.what for row in paired)]:
+        found = [last.get((what, place)) for place in columns]
+        table.add_row(what, *["" if row is None else row.text().replace(" [", "\n[") for row in found])
+    out.print(table)
+    rest = [row for row in alone if row not in paired]
+    if rest:
+        show(Report("", rest), False)
 
 
 def show(report: Report, as_json: bool) -> None:

@@ -14,6 +14,7 @@ from wherry.session import Sampling, Session
 from wherry.task import Task
 
 QUICK_TOKENS = 24
+GRAPH = "model.onnx"
 
 
 def artifacts(path: Path | str) -> list[Artifact]:
@@ -21,6 +22,8 @@ def artifacts(path: Path | str) -> list[Artifact]:
     path = Path(path)
     if path.is_dir() and not (path / MANIFEST).exists() and (path / "config.json").exists():
         return [shelf.find("runtimes", "torch").wrap(path)]
+    if path.suffix == ".onnx" or path.is_dir() and not (path / MANIFEST).exists() and (path / GRAPH).exists():
+        return [graph(path if path.suffix == ".onnx" else path / GRAPH)]
     found = [Artifact.open(path)]
     if path.is_file():  # somebody else's GGUF file: its configuration and tokenizer are read out of it
         side = shelf.find("formats", "gguf").unpacked(path)
@@ -29,6 +32,16 @@ def artifacts(path: Path | str) -> list[Artifact]:
     if path.is_dir():
         found += [Artifact.open(file.parent) for file in sorted(path.glob(f"*/{MANIFEST}"))]
     return found
+
+
+def graph(file: Path) -> Artifact:
+    """An ONNX file that nobody sealed, as an artifact of the `onnx` format; its task is the task.json beside it."""
+    if not file.is_file():
+        raise Missing(f"no such file: {file}")
+    told = file.parent / "task.json"
+    task = Task.of(file.parent, {}) if told.exists() else shelf.find("formats", "onnx").load(file).task
+    fields = {"format": "onnx", "main": file.name, "model": file.stem if file.name != GRAPH else file.parent.name}
+    return Artifact(file.parent, {**fields, "files": {}, "plan": [], "license": "", "task": task.to_dict()})
 
 
 def able(path: Path | str, runtime: str = "auto") -> list[tuple[Artifact, str]]:

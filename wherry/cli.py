@@ -10,36 +10,28 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
-from wherry import __version__, board, shelf
-from wherry.board import bar, err, show
+from wherry import __version__, shelf
+from wherry.board import bar, err, grid, show, verdict
 from wherry.errors import Error
-from wherry.report import Report
+from wherry.options import (
+    ArtifactPath,
+    DataFile,
+    Json,
+    MaxBad,
+    MaxKl,
+    MaxRatio,
+    Model,
+    Out,
+    RecipeText,
+    Runtime,
+    Threads,
+)  # fmt: skip
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Compress a trained model, prove it on the runtime that will run it, export it, serve it.",
     epilog="First use: wherry compress MODEL -o OUT --format gguf, then wherry serve OUT",
 )  # fmt: skip
-
-Model = Annotated[str, typer.Argument(help="A folder with config.json, a .gguf file, or a hub id.", show_default=False)]
-ArtifactPath = Annotated[Path, typer.Argument(help="A folder that wherry wrote, or a .gguf file.", show_default=False)]
-Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to make; it must not exist.", show_default=False)]
-RecipeText = Annotated[
-    str | None,
-    typer.Option(
-        "--recipe", help='"METHOD:knob=value,..." (several joined by " | "), or a YAML file.', show_default=False
-    ),
-]
-MaxKl = Annotated[float, typer.Option("--max-kl", help="Fail beyond this KL from the original, in nats per token.")]
-MaxRatio = Annotated[float, typer.Option("--max-ratio", help="Fail beyond this perplexity, times the original's.")]
-DataFile = Annotated[
-    Path | None, typer.Option("--data", help="Text (.txt .jsonl .csv .tsv) or token ids (.npy).", show_default=False)
-]
-Runtime = Annotated[
-    str, typer.Option("--runtime", help="A name of `wherry list runtimes`, or auto: the fastest, measured.")
-]
-Threads = Annotated[int, typer.Option("--threads", help="0 = all cores.")]
-Json = Annotated[bool, typer.Option("--json", help="Print rows of what, where, value, unit as JSON, and nothing else.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -52,17 +44,6 @@ def options(
     if version:
         print(f"wherry {__version__}")
         raise typer.Exit
-
-
-def judge(report: Report, as_json: bool) -> None:
-    """Show a report with a verdict; exit with 1 when it failed."""
-    if as_json:
-        show(report, as_json)
-    else:
-        board.summary(report)
-    verdict = report.get("verdict")
-    if verdict and verdict.value != "PASS":
-        raise typer.Exit(1)
 
 
 @app.command()
@@ -111,7 +92,7 @@ def compress(
             model, out, recipe, formats, data, evaluation, max_kl=max_kl, max_ratio=max_ratio, device=device,
             progress=progress, say=_say(json), **settings,
         )  # fmt: skip
-    judge(report, json)
+    verdict(report, json)
     if not json:
         _lines(out)
 
@@ -162,7 +143,7 @@ def verify(
 
     with bar() as progress:
         report = api.verify(artifact, against, data, runtime, max_kl=max_kl, max_ratio=max_ratio, progress=progress)
-    judge(report, json)
+    verdict(report, json)
 
 
 @app.command()
@@ -170,24 +151,32 @@ def evaluate(
     model: Model,
     data: DataFile = None,
     runtime: Runtime = "auto",
+    against: Annotated[
+        str | None, typer.Option(help="The original: measured too, with paired differences.", show_default=False)
+    ] = None,
+    robustness: Annotated[
+        bool, typer.Option("--robustness", help="Also under noise, blur, typos ..., and the latency of single calls.")
+    ] = False,
+    max_bad: MaxBad = 0.01,
+    most: Annotated[int, typer.Option(help="Judge on the first so many examples; 0 = all.", min=0)] = 0,
     json: Json = False,
 ) -> None:
-    """Measure quality on data: perplexity of text, or correlation on sentence pairs."""
+    """Measure quality on labelled data, by the metrics of the model's task, with intervals."""
     from wherry import api
 
     with bar() as progress:
-        report = api.evaluate(model, data, runtime, progress=progress)
-    show(report, json)
+        report = api.evaluate(model, data, runtime, progress, against, robustness, max_bad, most)
+    grid(report, json)
 
 
 @app.command()
-def compare(a: Model, b: Model, data: DataFile = None, json: Json = False) -> None:
+def compare(a: Model, b: Model, data: DataFile = None, max_bad: MaxBad = 0.01, json: Json = False) -> None:
     """Measure two models or artifacts side by side on the same data."""
     from wherry import api
 
     with bar() as progress:
-        report = api.compare(a, b, data, progress=progress)
-    show(report, json)
+        report = api.compare(a, b, data, progress, max_bad)
+    grid(report, json)
 
 
 @app.command()

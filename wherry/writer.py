@@ -1,8 +1,8 @@
 """Writer: an encoder and a decoder session that write an answer together, id by id, always the likeliest (greedy).
 
-Shapes: encoder: the task's inputs to hidden states [batch, places, width], its first output. decoder: `input_ids` int64
-        [batch, written], `encoder_hidden_states`, and `encoder_attention_mask` [batch, places] where the graph takes it,
-        to `logits` [batch, written, vocabulary].
+Shapes: encoder: the task's inputs to hidden states [batch, places, width], its first output. decoder: `input_ids`
+        int64 [batch, written], `encoder_hidden_states`, and `encoder_attention_mask` [batch, places] where the graph
+        takes it, to `logits` [batch, written, vocabulary].
 Cost:   without a key-value cache: the decoder reads all that is written again for each id, O(n^2) for n ids.
 """
 
@@ -56,7 +56,7 @@ class Writer:
         done = np.zeros(len(hidden), bool)
         stop = np.array(self.task.stop, np.int64)
         if not len(stop):
-            raise BadInput("no id ends an answer: give eos_token_id in config.json, or eos_token in tokenizer_config.json")
+            raise BadInput("no id ends an answer: give eos_token_id in config.json or generation_config.json")
         for _ in range(most):
             feeds = {"input_ids": written, "encoder_hidden_states": hidden}
             if self.masked:

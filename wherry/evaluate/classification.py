@@ -66,11 +66,11 @@ def _macro(right: np.ndarray, told: np.ndarray, true: np.ndarray) -> tuple[np.nd
     with np.errstate(invalid="ignore", divide="ignore"):
         each = [np.where(b > 0, a / b, 0) for a, b in ((right, told), (right, true), (2 * right, told + true))]
     many = np.maximum(present.sum(1), 1)
-    return tuple((np.where(present, values, 0).sum(1) / many) for values in each)  # type: ignore[return-value]
+    return tuple((np.where(present, values, 0).sum(1) / many) for values in each)
 
 
 def details(said: Sequence[np.ndarray], wanted: Sequence[int], task: Task, where: str) -> Report:
-    """Precision, recall and F1 per class, the confusion matrix (labels down, answers across), the commonest mistakes."""
+    """Precision, recall and F1 per class, the confusion matrix (labels down, answers across), the worst mistakes."""
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     scores, labels = _checked(said, wanted)

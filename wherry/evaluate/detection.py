@@ -1,11 +1,11 @@
 """Object detection: mean average precision over IoU 0.5 to 0.95, and at 0.5, as COCO defines them; F1 at IoU 0.5.
 
-Shapes: answers: {"boxes" [n, 4] of x0 y0 x1 y1 in pixels of the picture as it is stored, "scores" [n], "labels" [n]};
-        targets: boxes [m, 4] and labels [m].
-Idea:   a graph gives `boxes`, `scores`, `labels` (shares of the input's sides, or pixels of the input); or DETR's `logits`
-        and `pred_boxes`; or a map of text [batch, h, w, 2] as CRAFT does.
-Source: Lin et al. 2014 (COCO), matches by pycocotools; 101 recall points; at most 100 boxes a picture. CRAFT: Baek et al.
-        2019, arXiv:1904.01941: text > 0.4 or link > 0.4, a region's text above 0.7; boxes with upright sides.
+Shapes: answers: {"boxes" [n, 4] of x0 y0 x1 y1 in pixels of the picture as it is stored, "scores" [n],
+        "labels" [n]}; targets: boxes [m, 4] and labels [m].
+Idea:   a graph gives `boxes`, `scores`, `labels` (shares of the input's sides, or pixels of the input); or DETR's
+        `logits` and `pred_boxes`; or a map of text [batch, h, w, 2] as CRAFT does.
+Source: Lin et al. 2014 (COCO), matches by pycocotools; 101 recall points; at most 100 boxes a picture. CRAFT: Baek
+        et al. 2019, arXiv:1904.01941: text > 0.4 or link > 0.4, a region's text above 0.7; boxes with upright sides.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ def _boxes(one: dict[str, np.ndarray], width: int, height: int) -> tuple[np.ndar
     if maps:
         return _regions(maps[0])
     raise BadInput(
-        f"no boxes in the outputs {', '.join(one)}: boxes and scores, logits and pred_boxes, or a map [h, w, 2] are wanted"
+        f"no boxes in the outputs {', '.join(one)}: boxes and scores, logits and pred_boxes, or a map [h, w, 2]"
     )
 
 
@@ -168,7 +168,7 @@ def metrics(said: Sequence[dict[str, np.ndarray]], wanted: Sequence[dict[str, np
     return [
         Metric("map", lambda w: found.precision(w, slice(None)), count, note=f"{note}, IoU 0.5 to 0.95"),
         Metric("map at 0.5", lambda w: found.precision(w, slice(0, 1)), count, note=note),
-        *f1("box", *counts, note=f"{note}, score {SURE:g} or more, IoU 0.5"),
+        *f1("box", counts, f"{note}, score {SURE:g} or more, IoU 0.5"),
     ]
 
 

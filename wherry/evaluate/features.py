@@ -30,8 +30,8 @@ def metrics(said: Sequence[np.ndarray], wanted: Sequence[np.ndarray], task: Task
     if any(a.shape != b.shape for a, b in zip(said, wanted, strict=True)):
         raise BadInput("the two models' outputs have different shapes: they cannot be compared")
     with np.errstate(invalid="ignore", divide="ignore"):
-        away = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(said, wanted, strict=True)]
-        near = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(said, wanted, strict=True)]
+        away = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(said, wanted, strict=True)]
+        near = [float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) for a, b in zip(said, wanted, strict=True)]
     return [
         mean("relative difference", away, lower=True, note="norm of the difference over the norm of the original's"),
         mean("cosine", near, note="with the original's output"),

@@ -113,12 +113,3 @@ def _same(kind: str) -> Callable[[Any, Any], bool] | None:
     if FAMILIES[kind] in ("speech", "translation", "tagging"):
         return lambda a, b: bool(a == b)
     return None
-
-
-def latency(said: Said, where: str) -> Report:
-    """Rows of the median and the 99th percentile of the seconds per batch that were given."""
-    seconds = np.array(said.seconds)
-    report, note = Report(), f"{len(seconds)} calls of one example each, preparing included"
-    for name, share in (("latency p50", 50), ("latency p99", 99)):
-        report.add(name, where, float(np.percentile(seconds, share)), "s", note=note)
-    return report

@@ -15,7 +15,6 @@ from wherry.evaluate import interval
 from wherry.report import Report
 
 
-
 @dataclass(frozen=True)
 class Metric:
     """name: of the row. of: weights float64 [resamples, n] to values [resamples], NaN where undefined.
@@ -56,8 +55,9 @@ def ratio(
     return Metric(name, lambda w: scale * _over(w @ above, w @ below), len(above), lower=lower, note=note)
 
 
-def f1(name: str, right: np.ndarray, said: np.ndarray, wanted: np.ndarray, note: str = "") -> tuple[Metric, ...]:
-    """Precision, recall and F1 pooled over all examples, from their counts per example; rows "NAME precision" ..."""
+def f1(name: str, counts: np.ndarray, note: str = "") -> tuple[Metric, ...]:
+    """F1, precision and recall pooled over all examples, from [3, n]: said rightly, said, wanted in each example."""
+    right, said, wanted = counts
     count = len(right)
     return (
         Metric(f"{name} f1", lambda w: _over(2 * (w @ right), w @ said + w @ wanted), count, note=note),
@@ -107,7 +107,7 @@ def differences(metrics: Sequence[Metric], reference: Sequence[Metric], where: s
 
 
 def difference(metric: Metric, reference: Metric) -> interval.Interval:
-    """metric - reference with its paired interval."""
+    """The metric minus the reference, with its paired interval."""
     if metric.hits is not None and reference.hits is not None:
         return interval.paired_share(metric.hits, reference.hits)
     return interval.weighted(lambda w: metric.of(w) - reference.of(w), metric.count)

@@ -49,8 +49,8 @@ def metrics(said: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], task
         told, true = (set(get_entities([task.labels[j] for j in each])) for each in (a, t)) if task.labels else ((), ())
         counts[1, :, i] = len(set(told) & set(true)), len(told), len(true)
     whole = share("right sentences", np.array([list(a) == list(t) for a, t in zip(said, wanted, strict=True)]))
-    entity = f1("entity", *counts[1]) if task.labels else ()
-    return [*f1("token", *counts[0], note="words, without O"), *entity, whole]
+    entity = f1("entity", counts[1]) if task.labels else ()
+    return [*f1("token", counts[0], "words, without O"), *entity, whole]
 
 
 def details(said: Sequence[Any], wanted: Sequence[Any], task: Task, where: str) -> Report:

@@ -1,8 +1,8 @@
 """Voice activity detection: precision, recall and F1 of frames that hold speech, pooled over all clips.
 
 Shapes: answers: probabilities float32 [frames] per clip; targets: float64 [spans, 2] of speech in seconds.
-Idea:   a frame is speech when its middle lies in a span. A graph with a state (`processor.state`) is fed window by window,
-        each with the last `context` samples of the one before it; else the clip goes through at once.
+Idea:   a frame is speech when its middle lies in a span. A graph with a state (`processor.state`) is fed window by
+        window, each with the last `context` samples of the one before it; else the clip goes through at once.
 Source: the streaming loop is that of silero-vad's own OnnxWrapper. Threshold 0.5 unless the processor says otherwise.
 """
 
@@ -70,9 +70,8 @@ def metrics(said: Sequence[np.ndarray], wanted: Sequence[np.ndarray], task: Task
         told = frames[:, 0] >= threshold
         true = ((frames[:, 1:] >= spans[:, 0]) & (frames[:, 1:] < spans[:, 1])).any(1)
         counts[:, i] = (told & true).sum(), told.sum(), true.sum(), (told == true).sum(), len(told)
-    right, told, true, same, frames_ = counts
-    note = f"{int(frames_.sum())} frames, {int(true.sum())} of speech, threshold {threshold:g}"
-    return [*f1("frame", right, told, true, note), ratio("frame accuracy", same, frames_, note=note)]
+    note = f"{int(counts[4].sum())} frames, {int(counts[2].sum())} of speech, threshold {threshold:g}"
+    return [*f1("frame", counts[:3], note), ratio("frame accuracy", counts[3], counts[4], note=note)]
 
 
 def details(said: Sequence[Any], wanted: Sequence[Any], task: Task, where: str) -> Report:

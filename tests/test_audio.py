@@ -68,6 +68,15 @@ def test_waves_are_padded_cut_and_normalized():
     assert batch.std() == pytest.approx(1, abs=1e-4)
 
 
+def test_chunks_hold_the_end_of_the_one_before():
+    wave = np.arange(1, 11, dtype=np.float32)
+    batch, mask = audio.prepare([wave], {"features": "chunks", "window": 4, "context": 2})
+    assert batch[0].tolist() == [[0, 0, 1, 2, 3, 4], [3, 4, 5, 6, 7, 8], [7, 8, 9, 10, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1]]
+    with pytest.raises(BadInput, match="need `window`"):
+        audio.prepare([wave], {"features": "chunks"})
+
+
 def test_what_is_no_sound_is_refused(tmp_path):
     (tmp_path / "a.wav").write_bytes(b"RIFF no sound")
     soundfile.write(tmp_path / "b.wav", np.zeros(0), 8000)

@@ -287,7 +287,7 @@ def evaluate(
         against: the original: measured too, with paired differences.
         robustness: also under noise, blur, typos ... (`evaluate.perturb`), and the latency of single calls.
         max_bad: share of pictures or sounds that may be undecodable; they are named in the report.
-        most: judge on the first so many examples; 0 = all.
+        most: judge on so many examples, drawn with a seed; 0 = all.
     """
     from wherry import judge
 

@@ -121,7 +121,8 @@ def prepare(examples: Sequence[Any], processor: dict[str, Any]) -> tuple[np.ndar
     """Raw sounds to a float32 batch, and a mask int64 [n, samples or frames] that is 1 where there is sound.
 
     features "wave": [n, samples] ([n, 1, samples] with layout "NCT"), padded with zeros to `frames` samples, else to
-    the longest; "log-mel": [n, n_mels, frames], the wave padded or cut to frames * hop_length samples, as Whisper does.
+    the longest; "chunks": [n, chunks, context + window], each with the last samples of the one before it; "log-mel":
+    [n, n_mels, frames], the wave padded or cut to frames * hop_length samples, as Whisper does.
     normalize: each wave to mean 0 and variance 1 first (wav2vec2).
     """
     rate, kind = int(processor.get("sampling_rate", 16000)), processor.get("features", "wave")
@@ -133,13 +134,26 @@ def prepare(examples: Sequence[Any], processor: dict[str, Any]) -> tuple[np.ndar
         length = frames or max(len(wave) for wave in waves)
         batch, mask = _padded(waves, length)
         return (batch[:, None] if processor.get("layout") == "NCT" else batch), mask
+    if kind == "chunks":
+        return _chunks(waves, processor)
     if kind != "log-mel":
-        raise BadInput(f"the processor's features '{kind}' are not known: wave or log-mel")
+        raise BadInput(f"the processor's features '{kind}' are not known: wave, log-mel or chunks")
     n_fft, hop = int(processor.get("n_fft", 400)), int(processor.get("hop_length", 160))
     length = frames * hop or max(max(len(wave) for wave in waves), n_fft)
     batch, mask = _padded(waves, length)
     mels = int(processor.get("n_mels", 80))
     return np.stack([log_mel(wave, rate, mels, n_fft, hop) for wave in batch]), mask[:, ::hop][:, : length // hop]
+
+
+def _chunks(waves: Sequence[np.ndarray], processor: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    window, context = int(processor.get("window") or 0), int(processor.get("context") or 0)
+    if window < 1:
+        raise BadInput("task.json: features of chunks need `window`, the samples of a chunk")
+    count = int(processor.get("frames") or 0) or max(-(-len(wave) // window) for wave in waves)
+    batch, mask = _padded(waves, count * window)
+    padded = np.pad(batch, ((0, 0), (context, 0)))
+    view = np.lib.stride_tricks.sliding_window_view(padded, context + window, axis=1)[:, ::window]
+    return np.ascontiguousarray(view), mask[:, ::window]
 
 
 def _padded(waves: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:

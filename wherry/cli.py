@@ -158,7 +158,7 @@ def evaluate(
         bool, typer.Option("--robustness", help="Also under noise, blur, typos ..., and the latency of single calls.")
     ] = False,
     max_bad: MaxBad = 0.01,
-    most: Annotated[int, typer.Option(help="Judge on the first so many examples; 0 = all.", min=0)] = 0,
+    most: Annotated[int, typer.Option(help="Judge on so many examples, drawn with a seed; 0 = all.", min=0)] = 0,
     json: Json = False,
 ) -> None:
     """Measure quality on labelled data, by the metrics of the model's task, with intervals."""

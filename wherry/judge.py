@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from wherry import data
 from wherry.artifact import MANIFEST, Artifact
 from wherry.choose import open_session
@@ -208,7 +210,7 @@ def _wanted(first: Opened, source: data.Data, progress: Progress) -> list[Any]:
 
 
 def _source(task: Task, data_file: str | Path | None, max_bad: float, most: int) -> data.Data:
-    """The data to judge on, of the task's sort; at most that many examples, in order."""
+    """The data to judge on, of the task's sort; at most that many examples, drawn with a seed."""
     if data_file is None:
         if task.kind != "sentence-similarity":
             raise BadInput(f"{task.kind} is judged on labelled data: give --data. Kinds of files: docs/evaluate.md")
@@ -218,7 +220,10 @@ def _source(task: Task, data_file: str | Path | None, max_bad: float, most: int)
         raise BadInput(f"{source.name} holds no sentence pairs: a .csv or .tsv of sentence, sentence, score is wanted")
     if not most or most >= len(source.examples):
         return source
-    return replace(source.take(range(most)), pairs=source.pairs[:most])
+    chosen = np.sort(np.random.default_rng(0).permutation(len(source.examples))[:most])
+    pairs = tuple(source.pairs[i] for i in chosen) if len(source.pairs) == len(source.examples) else ()
+    note = f"{len(source.examples) - most} of {len(source.examples)} examples, by --most; the others drawn with seed 0"
+    return replace(source.take(chosen), pairs=pairs, notes=(*source.notes, note))
 
 
 def _origin(found: Opened, source: data.Data) -> Report:

@@ -15,8 +15,8 @@ def fit(label: Any, kind: str, labels: Sequence[str], place: str) -> Any:
 
     Returns:
         classification: the index; token classification: one per word; sentence similarity: a float; recognition and
-        translation: the text; voice activity: float64 [spans, 2] in seconds; detection: {"boxes": float64 [n, 4] of
-        x0 y0 x1 y1 in pixels, "labels": int64 [n]}; other kinds: the label as it is.
+        translation: the text; voice activity: float64 [spans, 2] in seconds, or int64 [frames] of 0 and 1; detection:
+        {"boxes": float64 [n, 4] of x0 y0 x1 y1 in pixels, "labels": int64 [n]}; other kinds: the label as it is.
 
     Raises:
         BadInput: it does not fit; `place` (file:line) stands in the message.
@@ -40,6 +40,8 @@ def fit(label: Any, kind: str, labels: Sequence[str], place: str) -> Any:
             raise BadInput(f"{place}: a text is wanted as label, not {label!r:.60}")
         return label
     if kind == "voice-activity-detection":
+        if isinstance(label, list) and label and all(isinstance(one, int) and one in (0, 1) for one in label):
+            return np.array(label, np.int64)
         return spans(label, 2, f"{place}: [[start, end], ...] of speech in seconds are wanted")
     if kind == "object-detection":
         given = label if isinstance(label, dict) else {}

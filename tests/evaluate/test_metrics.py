@@ -205,7 +205,8 @@ def scene(count: int, seed: int):
         true = np.concatenate([corner, corner + rng.uniform(5, 40, corner.shape)], 1)
         labels = rng.integers(0, 3, len(true))
         kept = rng.random(len(true)) < 0.8
-        boxes = np.concatenate([true[kept] + rng.normal(0, 2, (int(kept.sum()), 4)), rng.uniform(0, 20, (2, 4)) + [0, 0, 30, 30]])
+        false = rng.uniform(0, 20, (2, 4)) + [0, 0, 30, 30]
+        boxes = np.concatenate([true[kept] + rng.normal(0, 2, (int(kept.sum()), 4)), false])
         said.append({"boxes": boxes, "scores": rng.random(len(boxes)), "labels": np.append(labels[kept], [0, 1])})
         wanted.append({"boxes": true, "labels": labels})
     return said, wanted

@@ -48,7 +48,7 @@ def of(task: Task) -> list[Perturbation]:
     if task.modality == "image":
         return [
             *_family("noise", (0.04, 0.08, 0.16), _noisy_picture, "{:g} of range"),
-            *_family("blur", (0.005, 0.01, 0.02), _blurred, "{:g} of side"),
+            *_family("blur", (0.01, 0.02, 0.04), _blurred, "{:g} of side"),
             *_family("jpeg", (50, 25, 10), _recompressed, "quality {}"),
         ]
     if task.modality == "audio":

@@ -1,8 +1,8 @@
 """Robustness: quality of the original and of the compressed model on inputs as they come in life, side by side.
 
-Idea:   the same perturbed inputs for both. `extra loss` is what compression costs there beyond what it costs on clean
-        inputs, (compressed - original) under the perturbation minus the same without; its interval is paired. It is
-        what says that compressing made a model brittle; both getting worse together does not.
+Idea:   the same perturbed inputs for both. `difference` is compressed - original; `beyond clean` is the difference
+        there less the difference on clean inputs. Both are paired. The second says whether compressing made the model
+        brittle; that both models get worse together does not.
 Cost:   each model runs over the data once, and once for each of about ten perturbations.
 """
 
@@ -30,7 +30,7 @@ def measure(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Report:
-    """Rows "METRIC: PERTURBATION" for each model, and for the last against the first "difference" and "extra loss".
+    """Rows "METRIC: PERTURBATION" for each model, and at the places "difference" and "beyond clean" for the two.
 
     Args:
         models: {name: (session or Writer, task)}; one, or the original and then the compressed one.
@@ -52,12 +52,12 @@ def measure(
                 report.add(f"{row.what}: {label}", name, row.value, row.unit, row.low, row.high, row.note)
         if len(names) == 2:
             first, last = main[names[0]], main[names[1]]
-            _add(report, f"difference: {label}", names[1], metric.difference(last, first), f"to {names[0]}, paired")
+            _add(report, f"{first.name}: {label}", "difference", metric.difference(last, first), "paired")
             if change is None:
                 base = {"first": first, "last": last}
             else:
                 found = extra(last, first, base["last"], base["first"])
-                _add(report, f"extra loss: {label}", names[1], found, "difference here minus difference when clean")
+                _add(report, f"{first.name}: {label}", "beyond clean", found, "difference here less that when clean")
         progress(i + 1, len(every), f"robustness: {label}")
     return report
 

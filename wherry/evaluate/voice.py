@@ -1,6 +1,7 @@
 """Voice activity detection: precision, recall and F1 of frames that hold speech, pooled over all clips.
 
-Shapes: answers: probabilities float32 [frames] per clip; targets: float64 [spans, 2] of speech in seconds.
+Shapes: answers: float64 [frames, 2] per clip, probability and middle in seconds; targets: float64 [spans, 2] of speech
+        in seconds, or 0 and 1 of each frame [frames].
 Idea:   a frame is speech when its middle lies in a span. A graph with a state (`processor.state`) is fed window by
         window, each with the last `context` samples of the one before it; else the clip goes through at once.
 Source: the streaming loop is that of silero-vad's own OnnxWrapper. Threshold 0.5 unless the processor says otherwise.
@@ -21,6 +22,10 @@ from wherry.task import Task
 
 def say(session: Session, task: Task, examples: Sequence[Any]) -> list[np.ndarray]:
     """Frames of (probability of speech, its middle in seconds): float64 [frames, 2] of each clip of one batch."""
+    if isinstance(examples[0], dict):
+        inputs = task.prepare(examples)
+        found = np.asarray(task.main(session.predict(inputs)), np.float64).reshape(len(examples), -1)
+        return [np.stack([row, np.arange(len(row)) + 0.5], 1) for row in found]
     rate = int(task.processor.get("sampling_rate", 16000))
     waves = [audio.load(example, rate) for example in examples]
     window = int(task.processor.get("window", 0))
@@ -68,7 +73,12 @@ def metrics(said: Sequence[np.ndarray], wanted: Sequence[np.ndarray], task: Task
     counts = np.zeros((5, len(said)))
     for i, (frames, spans) in enumerate(zip(said, wanted, strict=True)):
         told = frames[:, 0] >= threshold
-        true = ((frames[:, 1:] >= spans[:, 0]) & (frames[:, 1:] < spans[:, 1])).any(1)
+        if spans.ndim == 1:
+            if len(spans) != len(told):
+                raise BadInput(f"clip {i} has {len(spans)} labels, the model gives {len(told)} frames")
+            true = spans.astype(bool)
+        else:
+            true = ((frames[:, 1:] >= spans[:, 0]) & (frames[:, 1:] < spans[:, 1])).any(1)
         counts[:, i] = (told & true).sum(), told.sum(), true.sum(), (told == true).sum(), len(told)
     note = f"{int(counts[4].sum())} frames, {int(counts[2].sum())} of speech, threshold {threshold:g}"
     return [*f1("frame", counts[:3], note), ratio("frame accuracy", counts[3], counts[4], note=note)]

@@ -4,7 +4,8 @@
                on a 16-level grid already, so 3 bits are the fairer test there. Text: wikitext-2 valid.
     babyllama  BabyLlama, 0.94 M parameters, a true float (llama2.c file). Text: its own samples at temperature 1,
                so that ln(perplexity / float perplexity) estimates the divergence.
-    decoder    the project's own small model (bench/decoder/model). Text: wikitext-2 valid.
+    decoder    the project's own small model (bench/decoder/model), a true float. Text it has not seen: Romans and
+               letter K calibrate, Acts and letter J evaluate (bench/decoder/heldout).
 
 A reference is an fp16 folder that everyone computes in float32; what stays float in a result (embedding, norms) is
 then fp16 for all tools, and their files can be compared byte for byte.
@@ -147,7 +148,7 @@ def babyllama_tokens(folder: Path) -> np.ndarray:
 
 
 def build_decoder(out: Path) -> None:
-    """The project's own decoder: copied as it is."""
+    """The project's own decoder: copied as it is. `middle.npy` says where its evaluation text begins."""
     source = HERE / "decoder" / "model"
     if not (source / "config.json").exists():
         raise SystemExit(f"{source} is absent; train it first (bench/decoder)")
@@ -157,10 +158,23 @@ def build_decoder(out: Path) -> None:
             (out / file.name).write_bytes(file.read_bytes())
 
 
+def decoder_tokens(folder: Path) -> np.ndarray:
+    """The four texts that were kept apart, those for searching first, by the folder's own tokenizer."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    parts = [
+        tokenizer.encode((HERE / "decoder" / "heldout" / f"{name}.txt").read_text(encoding="utf8")).ids
+        for name in ("search_book", "search_letter", "held_out_book", "held_out_letter")
+    ]
+    np.save(folder / "middle.npy", np.array(len(parts[0]) + len(parts[1])))
+    return np.array(sum(parts, []), dtype=np.int64)
+
+
 MODELS = {
     "smollm2": Reference(build_smollm2, wikitext_tokens, 512, 16, 12, 64),
     "babyllama": Reference(build_babyllama, babyllama_tokens, 256, 64, 96, 32),
-    "decoder": Reference(build_decoder, wikitext_tokens, 512, 64, 64, 64),
+    "decoder": Reference(build_decoder, decoder_tokens, 512, 64, 64, 64),
 }
 
 
@@ -181,6 +195,8 @@ def halves(name: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Calibration half and evaluation half, each [windows, length], non-overlapping, in the order of the text."""
     ids, length = np.load(folder / "tokens.npy"), MODELS[name].length
     middle = len(ids) // 2 // length * length if name == "babyllama" else len(ids) // 2
+    if (folder / "middle.npy").exists():
+        middle = int(np.load(folder / "middle.npy"))
     parts = (ids[:middle], ids[middle:])
     first, second = (part[: len(part) // length * length].reshape(-1, length) for part in parts)
     return first, second

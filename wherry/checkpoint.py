@@ -236,7 +236,7 @@ class Checkpoint:
         quantization = config.get("quantization_config")
         if quantization:
             method = quantization.get("quant_method", "?")
-            if method != "compressed-tensors":
+            if method not in ("compressed-tensors", "wherry"):
                 raise Unsupported(f"{path} is quantized by '{method}', which is not read; give the float model")
             return shelf.find("formats", "compressed_tensors").load(path)
         return cls(path, config, Task.of(path, config), Safetensors(path), name_of(path), license_of(path))

@@ -5,7 +5,8 @@
     recipe.yaml                                       the same as a list of {method: {knob: value}}
 
 A Pass is a frozen dataclass that owns its knobs and its mathematics. By the methods that it defines, the engine
-knows its gait: only `solve` streams; `observe` + `solve` walks block by block with calibration data.
+knows its gait: only `solve` streams; `observe` + `solve` walks block by block with calibration data; `smooth` comes
+before a solver in the same block, `fit` after it; `tune` comes last, with the whole model.
 """
 
 import dataclasses
@@ -21,74 +22,10 @@ import yaml
 from wherry import shelf
 from wherry.checkpoint import Checkpoint, stack
 from wherry.errors import BadInput
-from wherry.ops import grid
-from wherry.scheme import PRESETS, QTensor, Scheme, Tensor
+from wherry.gait import Pass as Pass
+from wherry.gait import matches as matches
+from wherry.scheme import PRESETS, Scheme, Tensor
 from wherry.shelf import suggest
-
-EMBEDDING = "W8A16,group_size=32"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pass:
-    """One step of a recipe. Subclasses are files on a shelf; their fields are the knobs that a recipe can turn.
-
-    scheme: how the chosen weights will be stored; group_size is a knob of its own in a recipe.
-    embedding: scheme of the embedding and of the head, which share it when they are tied; "keep" leaves them.
-    portable: round scales to 7 significant bits so that every format holds exactly the same weights.
-    targets, ignore: layer names (`model.layers.0.mlp.up_proj`), or patterns after `re:`; several joined by `;`.
-    activation_observer: how static ranges of activations are found: mse, minmax, percentile, entropy. ONNX graphs only,
-        as the next two.
-    bias_correction: take what rounding the weights adds to a layer's mean output from its bias.
-    attention: also round the inputs of products of two activations.
-    """
-
-    scheme: Scheme = PRESETS["W4A16"]
-    embedding: str = EMBEDDING
-    portable: bool = True
-    targets: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
-    activation_observer: Literal["mse", "minmax", "percentile", "entropy"] = "mse"
-    bias_correction: bool = False
-    attention: bool = False
-
-    def solve(self, w: torch.Tensor, stat: Any = None, notes: list[str] | None = None) -> QTensor:
-        """Codes for the weight w [..., n, k]; stat is what `observe` gathered, or None; remarks go into `notes`."""
-        raise NotImplementedError
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether it needs to see inputs: it defines `observe`, or the scheme has static activations."""
-        activations = self.scheme.activations
-        return hasattr(self, "observe") or (activations is not None and not activations.dynamic)
-
-    @property
-    def rounding(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """How scales are rounded before codes are solved; None when they are not."""
-        return grid.portable if self.portable else None
-
-    @property
-    def method(self) -> str:
-        """Its name on the shelf."""
-        return type(self).__name__.lower()
-
-    def __str__(self) -> str:
-        knobs = []
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if item.name == "scheme" or value != item.default:
-                knobs.append(f"{item.name}={';'.join(value) if isinstance(value, tuple) else value}")
-        return f"{self.method}:{','.join(knobs)}"
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a weight's or layer's name is meant by a pattern: exact, last part, or `re:` and a full match."""
-    layer = name.removesuffix(".weight")
-    if pattern.startswith("re:"):
-        try:
-            return re.fullmatch(pattern[3:], layer) is not None
-        except re.error as error:
-            raise BadInput(f"'{pattern}' is not a regular expression: {error}") from error
-    return pattern in (layer, name) or layer.endswith(f".{pattern}")
 
 
 def build(method: str, knobs: dict[str, Any]) -> Pass:
@@ -200,9 +137,10 @@ class Recipe:
             for item in dataclasses.fields(step):
                 value = getattr(step, item.name)
                 knobs[item.name] = list(value) if isinstance(value, tuple) else value
-            scheme, _, size = str(step.scheme).partition(",group_size=")
-            knobs["scheme"] = scheme
-            if size:
+            scheme, _, size = str(knobs.pop("scheme")).partition(",group_size=")
+            if step.solves:
+                knobs = {"scheme": scheme} | knobs
+            if size and step.solves:
                 knobs["group_size"] = int(size)
             steps.append({step.method: knobs})
         return yaml.safe_dump({"recipe": steps}, sort_keys=False)
@@ -238,7 +176,9 @@ class Recipe:
         if role not in QUANTIZABLE or why == QUANTIZED:
             return row
         reasons = []
-        for i, step in enumerate(self.steps):
+        solvers = [(i, step) for i, step in enumerate(self.steps) if step.solves]
+        wanting = [item for item in solvers if item[1].wants(name) and not hasattr(item[1], "smooth")]
+        for i, step in wanting[:1] or solvers:  # one that smooths leaves the codes to a later step, if there is one
             if step.targets and not any(matches(p, name) for p in step.targets):
                 reasons.append(f"not among the targets of step {i + 1}")
                 continue
@@ -268,6 +208,13 @@ class Recipe:
                 notes = (f"{scheme}, rounded to nearest; held in the checkpoint as fp16 of exactly these values",)
             elif step.calibrated and why == OUTSIDE:
                 notes = ("outside of the blocks: rounded to nearest, without data",)
+            else:
+                notes = tuple(
+                    f"{word} by step {j + 1} ({other.method})"
+                    for word, gait in (("smoothed", "smooth"), ("codes learned", "fit"), ("tuned", "tune"))
+                    for j, other in enumerate(self.steps)
+                    if hasattr(other, gait) and other.wants(name) and (i != j or gait == "smooth")
+                )
             return dataclasses.replace(row, scheme=scheme, step=i, reason="", after=after, notes=notes)
         return dataclasses.replace(row, reason="; ".join(reasons))
 
@@ -341,6 +288,10 @@ class Plan:
     def row(self, name: str) -> PlanRow:
         """The row of one tensor."""
         return next(row for row in self.rows if row.name == name)
+
+    def steps(self, gait: str, name: str) -> list[Pass]:
+        """The passes that define `gait` and want the weight of that name, in order."""
+        return [step for step in self.recipe.steps if hasattr(step, gait) and step.wants(name)]
 
     def note(self, name: str, text: str) -> None:
         """Add a remark to a tensor's row (an empty name: to the first row)."""

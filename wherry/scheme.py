@@ -5,7 +5,9 @@
 with one scale (and zero) per grain: the whole tensor, a row, a group of `size` inputs of one row, a block.
 The scale and the minimum are dtypes or schemes themselves, so that super-blocks fit: Q4_K is 4-bit codes whose
 scales and minimums are 6-bit integers over an fp16 scale; NVFP4 has fp8 scales over one fp32.
-The spelling is the ecosystem's: W4A16 (symmetric), W4A16_ASYM, W8A16, W3A16, W8A8, with group_size beside it.
+The spelling is the ecosystem's: W4A16 (symmetric), W4A16_ASYM, W8A16, W3A16, W8A8, NVFP4A16, Q4_K, NF4, with group_size
+beside it. Where codes are no integers, w = scale * level[code] (levels.py). A k-quant has a float minimum in place of
+an integer zero: w = scale * (code + 2^(bits-1)) - minimum.
 Source of the vocabulary: compressed-tensors' QuantizationArgs and preset schemes.
 """
 
@@ -14,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 from wherry.errors import BadInput, Unsupported
+from wherry.levels import levels
 from wherry.shelf import suggest
 
 if TYPE_CHECKING:
@@ -58,8 +61,9 @@ Stored = Union[str, "Scheme"]  # a dtype name ("float16") or a scheme
 class Scheme:
     """A value: equal schemes are equal, and `Scheme.parse(str(scheme)) == scheme`.
 
-    bits: width of a code, 1 to 8 for kind "int".
+    bits: width of a code, 1 to 8.
     kind: "int" (affine integer grid), "fp" (float codes), "codebook".
+    table: name of the levels (levels.py) that codes stand for; "" for integers.
     symmetric: zero is 0 and codes span [-2^(bits-1), 2^(bits-1) - 1].
     dynamic: the scale is found when the model runs (activations only).
     scale, minimum: how scales and minimums are stored: dtype names or schemes. minimum "code" = an integer
@@ -77,16 +81,29 @@ class Scheme:
     minimum: Stored = "code"
     activations: "Scheme | None" = None
     planes: int = 1
+    table: str = ""
 
     @property
     def qmin(self) -> int:
         """Smallest code."""
-        return -(1 << (self.bits - 1))
+        return -1 if self.table == "ternary" else -(1 << (self.bits - 1))
 
     @property
     def qmax(self) -> int:
         """Largest code."""
-        return (1 << (self.bits - 1)) - 1
+        if self.table == "ternary":
+            return 1
+        return self.qmin + len(levels(self.table)) - 1 if self.table else (1 << (self.bits - 1)) - 1
+
+    @property
+    def tabled(self) -> bool:
+        """Whether codes are places in a table of levels (ternary codes are integers)."""
+        return self.table not in ("", "ternary")
+
+    @property
+    def nested(self) -> bool:
+        """Whether scales are themselves codes over a coarser scale: the k-quants."""
+        return isinstance(self.scale, Scheme)
 
     @property
     def group_size(self) -> int | None:
@@ -97,10 +114,14 @@ class Scheme:
         """The same scheme with another group_size; -1 means one scale per row."""
         if size != -1 and size < 1:
             raise BadInput(f"group_size={size} is not a size; use a positive number, or -1 for one scale per row")
+        if self.fixed and size != self.group_size:
+            raise BadInput(f"{self} has groups of {self.group_size} by its definition; leave group_size out")
         return replace(self, grain=Row() if size == -1 else Group(size))
 
     def scales_per_row(self, k: int) -> int:
         """Number of scales that a row of k inputs has. Raises BadInput when the group does not divide k."""
+        if self.nested and k % 256:
+            raise BadInput(f"{self} has super-blocks of 256, which do not divide the {k} inputs; W{self.bits}A16 fits")
         if isinstance(self.grain, Group):
             if k % self.grain.size:
                 powers = [1 << i for i in range(4, 9) if k % (1 << i) == 0]
@@ -115,29 +136,37 @@ class Scheme:
         for extent in shape[:-1]:
             rows *= extent
         scales = rows * self.scales_per_row(k)
+        if isinstance(self.scale, Scheme):
+            small = self.scale.bits * (1 if self.symmetric else 2)
+            return (rows * k * self.bits + scales * small) // 8 + rows * k // 256 * (2 if self.symmetric else 4)
+        if self.scale in ("float8_e4m3fn", "e8m0"):
+            scale_bytes = 1
+        scales *= self.planes
         zeros = 0 if self.symmetric else (scales * self.bits + 7) // 8
         return (rows * k * self.bits * self.planes + 7) // 8 + scales * scale_bytes + zeros
 
     def explain(self) -> str:
         """The scheme in a sentence, for lists."""
         per = {Tensor: "tensor", Row: "row", Token: "token"}.get(type(self.grain), f"group of {self.group_size}")
-        text = f"{self.bits}-bit {'symmetric' if self.symmetric else 'asymmetric'} weights, one scale per {per}"
+        kind = f"{self.planes} planes of {self.table}" if self.planes > 1 else self.table or "symmetric"
+        text = f"{self.bits}-bit {kind if self.symmetric else 'asymmetric'} weights, one scale per {per}"
         if self.activations is None:
             return f"{text}; activations stay float"
         how = "found per token when it runs" if self.activations.dynamic else "one range per tensor, from calibration"
         return f"{text}; {self.activations.bits}-bit activations, {how}"
 
+    @property
+    def fixed(self) -> bool:
+        """Whether its group size belongs to its definition (NVFP4, MXFP4, k-quants)."""
+        return self.nested or self.scale in ("float8_e4m3fn", "e8m0")
+
     def __str__(self) -> str:
-        spelling = f"W{self.bits}A{16 if self.activations is None else self.activations.bits}"
-        spelling += "" if self.symmetric else "_ASYM"
-        if self.activations is not None and not self.activations.dynamic:
-            spelling += "_STATIC"
-        default = PRESETS.get(spelling)
-        if default == self:
-            return spelling
         size = -1 if isinstance(self.grain, Row) else self.group_size
-        if size is not None and default is not None and default.with_group(size) == self:
-            return f"{spelling},group_size={size}"
+        for name, preset in PRESETS.items():
+            if preset == self:
+                return name
+            if size is not None and not preset.fixed and replace(preset, grain=self.grain) == self:
+                return f"{name},group_size={size}"
         return f"custom:{self!r}"
 
     @classmethod
@@ -164,12 +193,18 @@ class Scheme:
         Raises:
             Unsupported: QuantizationArgs has no words for it (schemes as scales, several planes, codebooks).
         """
-        if self.kind != "int" or self.planes != 1 or not isinstance(self.scale, str) or self.minimum != "code":
-            raise Unsupported(f"compressed-tensors cannot say the scheme {self}; it can say plain integer schemes")
+        unsaid = self.planes != 1 or self.nested or self.kind == "codebook" or self.table == "e5m2"
+        if unsaid or (self.table == "e2m1" and not self.fixed):
+            near = {"Q4_K": "W4A16_ASYM", "FP4A16": "NVFP4A16"}.get(str(self).split(",")[0], f"W{max(self.bits, 2)}A16")
+            raise Unsupported(f"compressed-tensors cannot say the scheme {self}; the nearest that it can is {near}")
         weights: dict[str, Any] = {
-            "num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "dynamic": self.dynamic,
-            "strategy": _STRATEGY[type(self.grain)], "group_size": self.group_size,
+            "num_bits": self.bits, "type": "float" if self.kind == "fp" else "int", "symmetric": self.symmetric,
+            "dynamic": self.dynamic, "strategy": _STRATEGY[type(self.grain)], "group_size": self.group_size,
         }  # fmt: skip
+        if self.scale == "float8_e4m3fn":
+            weights |= {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
+        if self.scale == "e8m0":
+            weights |= {"scale_dtype": "torch.uint8"}
         if isinstance(self.grain, Block):
             weights["block_structure"] = [self.grain.rows, self.grain.columns]
         group: dict[str, Any] = {"weights": weights, "input_activations": None}
@@ -181,12 +216,13 @@ class Scheme:
     def from_compressed_tensors(cls, group: dict[str, Any]) -> "Scheme":
         """The opposite: a config group of a `quantization_config` as a Scheme. Raises Unsupported for float types."""
         args = group["weights"]
-        if args.get("type", "int") != "int":
-            raise Unsupported(f"weights of type {args.get('type')} are not read yet; integer schemes are")
         strategy, size = args.get("strategy"), args.get("group_size")
         grains: dict[str, Grain] = {"tensor": Tensor(), "channel": Row(), "token": Token()}
-        if strategy == "block":
-            grain: Grain = Block(*args["block_structure"])
+        float_ = args.get("type", "int") == "float"
+        if strategy == "tensor_group":
+            grain: Grain = Group(int(size))
+        elif strategy == "block":
+            grain = Block(*args["block_structure"])
         elif strategy == "group" or (strategy is None and size):
             grain = Group(int(size))
         elif strategy in grains:
@@ -196,6 +232,12 @@ class Scheme:
                 f"quantization strategy '{strategy}' is not read; tensor, channel, token, group, block are"
             )
         activations = group.get("input_activations")
+        if float_:
+            tables, small = {8: "e4m3", 4: "e2m1"}, args["num_bits"] == 4
+            if args["num_bits"] not in tables or activations:
+                raise Unsupported(f"float weights {args} are not read; FP8A16, NVFP4A16 and MXFP4A16 are")
+            scale = ("float8_e4m3fn" if strategy == "tensor_group" else "e8m0") if small else "float16"
+            return cls(args["num_bits"], "fp", grain, scale=scale, table=tables[args["num_bits"]])
         return cls(
             bits=args["num_bits"],
             grain=grain,
@@ -208,16 +250,49 @@ class Scheme:
 _STRATEGY = {Tensor: "tensor", Row: "channel", Token: "token", Group: "group", Block: "block"}
 _TOKEN8 = Scheme(8, grain=Token(), dynamic=True)
 _TENSOR8 = Scheme(8, grain=Tensor(), symmetric=False)
+
+
+def _k(bits: int, group: int, small: int, symmetric: bool) -> Scheme:
+    """A k-quant: `bits` codes in groups whose scales (and minimums) have `small` bits over one fp16 for 256 weights."""
+    over = Scheme(small, grain=Group(256 // group), symmetric=symmetric)
+    return Scheme(bits, grain=Group(group), symmetric=symmetric, scale=over, minimum="code" if symmetric else over)
+
+
+def _planes(count: int) -> Scheme:
+    return Scheme(1, "codebook", table="binary", planes=count)
+
+
 PRESETS = {
     "W8A16": Scheme(8),
+    "W8A16_ASYM": Scheme(8, symmetric=False),
+    "W6A16": Scheme(6),
+    "W6A16_ASYM": Scheme(6, symmetric=False),
+    "W5A16": Scheme(5),
+    "W5A16_ASYM": Scheme(5, symmetric=False),
     "W4A16": Scheme(4),
     "W4A16_ASYM": Scheme(4, symmetric=False),
     "W3A16": Scheme(3),
     "W3A16_ASYM": Scheme(3, symmetric=False),
     "W2A16": Scheme(2),
     "W2A16_ASYM": Scheme(2, symmetric=False),
+    "W1.58A16": Scheme(2, table="ternary"),
+    "W1A16": _planes(1),
+    "W2A16_BINARY": _planes(2),
+    "W3A16_BINARY": _planes(3),
     "W8A8": Scheme(8, grain=Row(), activations=_TOKEN8),
     "W8A8_STATIC": Scheme(8, grain=Row(), activations=_TENSOR8),
+    "W4A8": Scheme(4, activations=_TOKEN8),
+    "FP8A16": Scheme(8, "fp", Row(), table="e4m3"),
+    "FP8_E5M2A16": Scheme(8, "fp", Row(), table="e5m2"),
+    "FP4A16": Scheme(4, "fp", Group(32), table="e2m1"),
+    "NF4": Scheme(4, "codebook", Group(64), table="nf4"),
+    "NVFP4A16": Scheme(4, "fp", Group(16), table="e2m1", scale="float8_e4m3fn"),
+    "MXFP4A16": Scheme(4, "fp", Group(32), table="e2m1", scale="e8m0"),
+    "Q2_K": _k(2, 16, 4, False),
+    "Q3_K": _k(3, 16, 6, True),
+    "Q4_K": _k(4, 32, 6, False),
+    "Q5_K": _k(5, 32, 6, False),
+    "Q6_K": _k(6, 16, 8, True),
 }
 
 
@@ -230,7 +305,8 @@ def divisors(n: int) -> list[int]:
 class QTensor:
     """A weight stored by a scheme. `code` keeps the weight's shape [..., n, k], one int8 per code, unpacked.
 
-    scale: float32 [..., n, scales per row]; zero: int8 of the same shape, or None when symmetric.
+    scale: float32 [..., n, scales per row] (times planes); zero: int8 of the same shape, or None when symmetric; for a
+        k-quant the float32 minimum in its place.
     activation_scale, activation_zero: of the layer's input, [1] each, for static activation schemes:
         x = scale * (code - zero), code in [-128, 127].
     """
@@ -249,8 +325,24 @@ class QTensor:
 
     def decode(self) -> "torch.Tensor":
         """The weight in float32: scale * (code - zero)."""
-        groups = self.scale.shape[-1]
-        q = self.code.unflatten(-1, (groups, -1)).float()
-        if self.zero is not None:
-            q = q - self.zero.float().unsqueeze(-1)
-        return (q * self.scale.float().unsqueeze(-1)).flatten(-2)
+        groups = self.scale.shape[-1] // self.scheme.planes
+        return values(self.code.unflatten(-1, (groups, -1)), self.scheme, self.scale, self.zero).flatten(-2)
+
+
+def values(code: "torch.Tensor", scheme: Scheme, scale: "torch.Tensor", zero: "torch.Tensor | None") -> "torch.Tensor":
+    """What codes [..., n, g, size] mean in float32; scale, zero [..., n, g] (scale [..., n, g * planes])."""
+    import torch
+
+    if scheme.planes > 1:
+        bits = [(code.to(torch.int16) + (1 << (scheme.planes - 1))) >> p & 1 for p in range(scheme.planes)]
+        parts = scale.float().unflatten(-1, (-1, scheme.planes)).unsqueeze(-1)
+        return torch.stack([(2 * b.float() - 1) * parts[..., p, :] for p, b in enumerate(bits)]).sum(0)
+    s = scale.float().unsqueeze(-1)
+    if scheme.tabled:
+        table = torch.tensor(levels(scheme.table), dtype=torch.float32, device=code.device)
+        return table[code.long() - scheme.qmin] * s
+    q = code.float()
+    if zero is None:
+        return q * s
+    z = zero.float().unsqueeze(-1)
+    return s * (q - scheme.qmin) - z if scheme.minimum != "code" else (q - z) * s

@@ -571,15 +571,16 @@ def test_a_type_that_is_not_read_is_named(small: Path, tmp_path: Path) -> None:
             writer.add_uint32(key, 256 if value == 64 else value)
         elif key.startswith("llama.") and isinstance(value, float):
             writer.add_float32(key, value)
-    writer.add_tensor_info("blk.0.attn_q.weight", (8, 144), np.dtype("uint8"), 8 * 144, gguf.GGMLQuantizationType.Q4_K)
+    kind = gguf.GGMLQuantizationType.IQ4_XS
+    writer.add_tensor_info("blk.0.attn_q.weight", (8, 136), np.dtype("uint8"), 8 * 136, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    writer.write_tensor_data(np.zeros((8, 144), np.uint8))
+    writer.write_tensor_data(np.zeros((8, 136), np.uint8))
     writer.close()
     header = Header(file)
-    assert header.tensors["blk.0.attn_q.weight"].kind == "Q4_K"
+    assert header.tensors["blk.0.attn_q.weight"].kind == "IQ4_XS"
     from wherry.formats.gguf.read import GgufSource
 
-    with pytest.raises(errors.Unsupported, match=r"attn_q.weight is Q4_K, which is not read yet; Q4_0"):
+    with pytest.raises(errors.Unsupported, match=r"attn_q.weight is IQ4_XS, which is not read yet; Q4_0"):
         GgufSource(header, {"num_hidden_layers": 1, "architectures": ["LlamaForCausalLM"]})

@@ -6,8 +6,8 @@ at the block where it was.
 Source: the sequential scheme of the GPTQ authors' code (Frantar et al. 2022, arXiv:2210.17323).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +16,14 @@ import torch
 
 from wherry import tensorfile
 from wherry.checkpoint import put
-from wherry.engine import stream
+from wherry.engine import stream, tune
+from wherry.engine.smooth import smooth
 from wherry.engine.unit import Unit, fact, original, round_to_nearest, sound, store, units
+from wherry.engine.watch import Watch, refers, watching, waves
 from wherry.errors import Diverged
 from wherry.journal import Journal
-from wherry.recipe import Pass, Plan, PlanRow, Progress, static_activations
+from wherry.ops.latent import Latent
+from wherry.recipe import Plan, PlanRow, Progress, static_activations
 from wherry.scheme import QTensor
 from wherry.tensorfile import TensorFile
 
@@ -33,17 +36,40 @@ class _Reached(Exception):
 
 @dataclass
 class Flow:
-    """What goes from block to block: hidden states per batch, and the other arguments that every block gets."""
+    """What goes from block to block: hidden states per batch, and the other arguments that every block gets.
+
+    reference: the states of the original model beside those of the compressed one, when a method asks for them.
+    """
 
     states: list[torch.Tensor]
     others: list[dict[str, Any]]
     spare: list[tuple[Any, ...]]
+    reference: list[torch.Tensor] | None = None
 
-    def through(self, block: torch.nn.Module) -> Iterator[torch.Tensor]:
+    def call(
+        self, block: torch.nn.Module, i: int, parameters: dict[str, torch.Tensor] | None = None,
+        states: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """The block's output for batch i, with some of its parameters replaced; on its own states or on others."""
+        args = ((self.states if states is None else states)[i], *self.spare[i])
+        out = torch.func.functional_call(block, parameters or {}, args, self.others[i])
+        return out[0] if isinstance(out, tuple) else out
+
+    def through(self, block: torch.nn.Module, states: list[torch.Tensor] | None = None) -> Iterator[torch.Tensor]:
         """The block's outputs, batch by batch."""
-        for x, args, kwargs in zip(self.states, self.spare, self.others, strict=True):
-            out = block(x, *args, **kwargs)
-            yield out[0] if isinstance(out, tuple) else out
+        for i in range(len(self.states)):
+            yield self.call(block, i, states=states)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All states by name, for the journal."""
+        reference = self.reference or []
+        return {str(i): x for i, x in enumerate(self.states)} | {f"reference-{i}": x for i, x in enumerate(reference)}
+
+    def carry(self, file: TensorFile) -> None:
+        """Take the states from the journal."""
+        self.states = [file.read(str(i)) for i in range(len(self.states))]
+        if self.reference is not None:
+            self.reference = [file.read(f"reference-{i}") for i in range(len(self.states))]
 
 
 def run(plan: Plan, journal: Journal, batches: list[Batch], progress: Progress) -> list[TensorFile]:
@@ -56,6 +82,8 @@ def run(plan: Plan, journal: Journal, batches: list[Batch], progress: Progress) 
     total = len(blocks) + 1
     progress(0, total, "outside of the blocks")
     finished = [journal.done(outside.key) or stream.settle(plan, outside, journal)]
+    if all(journal.done(f"tuned-{unit.key}") for unit in (outside, *blocks)):
+        return [TensorFile(journal.path(f"tuned-{unit.key}")) for unit in (outside, *blocks)]
     module = plan.checkpoint.skeleton()
     first = next((i for i, unit in enumerate(blocks) if not journal.done(unit.key)), len(blocks))
     flow = None
@@ -66,10 +94,12 @@ def run(plan: Plan, journal: Journal, batches: list[Batch], progress: Progress) 
             if flow is None:
                 flow = enter(plan, module, blocks[0], batches)
                 if i > 0:
-                    carried = tensorfile.TensorFile(journal.path(f"carry-{blocks[i - 1].key}"))
-                    flow.states = [carried.read(str(b)) for b in range(len(flow.states))]
+                    flow.carry(TensorFile(journal.path(f"carry-{blocks[i - 1].key}")))
             done = settle(plan, unit, journal, module, flow, blocks[i - 1].key if i else None)
         finished.append(done)
+    if any(hasattr(step, "tune") for step in plan.recipe.steps):
+        progress(total, total, "tuning against the original")
+        finished = tune.run(plan, journal, [outside, *blocks], finished, batches)
     progress(total, total, "")
     return finished
 
@@ -105,51 +135,95 @@ def enter(plan: Plan, module: torch.nn.Module, first: Unit, batches: list[Batch]
     for name, parameter in list(module.named_parameters()):
         if not parameter.is_meta:
             put(module, name, torch.empty(parameter.shape, device="meta"))
-    return Flow([c[0] for c in caught], [c[2] for c in caught], [c[1] for c in caught])
+    states = [c[0] for c in caught]
+    beside = any(hasattr(step, "fit") or refers(step) for step in plan.recipe.steps)
+    return Flow(states, [c[2] for c in caught], [c[1] for c in caught], list(states) if beside else None)
 
 
 @torch.no_grad()
 def settle(
     plan: Plan, unit: Unit, journal: Journal, module: torch.nn.Module, flow: Flow, before: str | None
 ) -> TensorFile:
-    """Do one block: statistics, codes, then its outputs with the codes in place; write both to the journal."""
+    """Do one block: smooth, statistics, codes, learning; then its outputs with the codes in place, to the journal."""
     block, checkpoint = module.get_submodule(unit.path), plan.checkpoint
     places = {weight: parameter for parameter, weight in checkpoint.places(module).items()}
     weights = {row.name: original(checkpoint, row) for row in unit.rows}
-    for row in unit.rows:
-        if row.name in places:
-            w = weights[row.name]
-            put(module, places[row.name], w.decode() if isinstance(w, QTensor) else w.float())
-    layers = {
-        row.name: module.get_submodule(places[row.name].removesuffix(".weight")) for row in unit.rows if row.scheme
-    }
-    watched = {row.name: plan.recipe.steps[row.step] for row in unit.rows if row.scheme}
-    results: dict[str, torch.Tensor | QTensor] = dict(weights)
-    notes: dict[str, list[str]] = {row.name: [] for row in unit.rows}
     rows = {row.name: row for row in unit.rows}
-    with watching(layers, watched, rows) as watch:
-        for _ in flow.through(block):
-            watch.batch_ends()
-    for row in unit.rows:
-        if row.scheme:
-            w = weights[row.name]
+    for name in rows.keys() & places.keys():
+        w = weights[name]
+        put(module, places[name], w.decode() if isinstance(w, QTensor) else w.float())
+    inner = {name: places[name].removeprefix(f"{unit.path}.") for name in rows.keys() & places.keys()}
+    taken = [row for row in unit.rows if row.scheme]
+    layers = {row.name: block.get_submodule(inner[row.name].removesuffix(".weight")) for row in taken}
+    notes: dict[str, list[str]] = {row.name: [] for row in unit.rows}
+    moved = smooth(plan, rows, block, inner, layers, flow, notes)
+    for name in moved:
+        w = block.get_parameter(inner[name]).detach()
+        weights[name] = w if rows[name].scheme else w.to(checkpoint.source.dtype(name)).float()
+    results: dict[str, torch.Tensor | QTensor] = dict(weights)
+    twin = copy.deepcopy(block) if flow.reference is not None else None
+    watched = {row.name: plan.recipe.steps[row.step] for row in taken}
+    for wave in waves(block, layers, watched, flow):
+        chosen = {name: layers[name] for name in wave}
+        with watching(chosen, watched, rows, twin, inner) as watch:
+            for i in range(len(flow.states)):
+                watch.reference(flow, i)
+                flow.call(block, i)
+                watch.batch_ends()
+        for name in wave:
+            w = weights[name]
             assert not isinstance(w, QTensor)
-            results[row.name] = q = solve(plan, row, w, watch, notes[row.name])
-            put(module, places[row.name], q.decode())
+            results[name] = q = solve(plan, rows[name], w, watch, notes[name])
+            put(module, places[name], q.decode())
+    if flow.reference is not None:
+        assert twin is not None
+        flow.reference = [checked(out, unit) for out in flow.through(twin, flow.reference)]
+        for name, q in fit(plan, rows, block, inner, weights, results, flow, notes).items():
+            results[name] = q
+            put(module, places[name], q.decode())
     flow.states = [checked(out, unit) for out in flow.through(block)]
     tensors, facts = {}, []
     for row in unit.rows:
-        tensors.update(store(row, results[row.name]))
-        w = weights[row.name]
-        facts.append(fact(row, w.decode() if isinstance(w, QTensor) else w, results[row.name], notes[row.name]))
+        result, w = results[row.name], weights[row.name]
+        if row.name in moved and isinstance(result, torch.Tensor):
+            result = result.to(checkpoint.source.dtype(row.name))
+        tensors.update(store(row, result))
+        found = fact(row, w.decode() if isinstance(w, QTensor) else w, result, notes[row.name])
+        facts.append(found | ({"moved": moved[row.name]} if row.name in moved else {}))
         if row.name in places:
             put(module, places[row.name], torch.empty(row.shape, device="meta"))
     carry = journal.path(f"carry-{unit.key}")
-    tensorfile.write(carry, {str(i): x for i, x in enumerate(flow.states)})
+    tensorfile.write(carry, flow.tensors())
     done = journal.save(unit.key, tensors, {"rows": facts})
     if before is not None:
         journal.path(f"carry-{before}").unlink(missing_ok=True)
     return done
+
+
+def fit(
+    plan: Plan, rows: dict[str, PlanRow], block: torch.nn.Module, inner: dict[str, str],
+    weights: dict[str, Any], results: dict[str, Any], flow: Flow, notes: dict[str, list[str]],
+) -> dict[str, QTensor]:  # fmt: skip
+    """Let every `fit` pass improve the codes of the block's weights that it wants, all together."""
+    out: dict[str, QTensor] = {}
+    for step in plan.recipe.steps:
+        names = [n for n, row in rows.items() if row.scheme and hasattr(step, "fit") and step.wants(n)]
+        if not names:
+            continue
+        latents = {
+            inner[n]: Latent(out.get(n, results[n]), weights[n], plan.recipe.steps[rows[n].step].rounding)
+            for n in names
+        }
+
+        def call(parameters: dict[str, torch.Tensor], i: int) -> torch.Tensor:
+            return flow.call(block, i, parameters)
+
+        with torch.enable_grad():
+            step.fit(call, latents, flow.reference, notes[names[0]])  # type: ignore[attr-defined]
+        for name in names:
+            out[name] = replace(latents[inner[name]].settle(), activation_scale=results[name].activation_scale)
+            out[name] = replace(out[name], activation_zero=results[name].activation_zero)
+    return out
 
 
 def checked(x: torch.Tensor, unit: Unit) -> torch.Tensor:
@@ -159,7 +233,7 @@ def checked(x: torch.Tensor, unit: Unit) -> torch.Tensor:
     return x
 
 
-def solve(plan: Plan, row: PlanRow, w: torch.Tensor, watch: "Watch", notes: list[str]) -> QTensor:
+def solve(plan: Plan, row: PlanRow, w: torch.Tensor, watch: Watch, notes: list[str]) -> QTensor:
     """Codes of one weight, with the range of its input where the scheme wants it."""
     step = plan.recipe.steps[row.step]
     if not hasattr(step, "observe"):
@@ -175,54 +249,3 @@ def solve(plan: Plan, row: PlanRow, w: torch.Tensor, watch: "Watch", notes: list
         zero = round(-128 - low / scale)
         q = replace(q, activation_scale=torch.tensor([scale]), activation_zero=torch.tensor([zero], dtype=torch.int8))
     return q
-
-
-class Watch:
-    """Statistics of the inputs of the watched layers; layers that are given the same tensor share one."""
-
-    def __init__(self) -> None:
-        self.stats: dict[str, Any] = {}
-        self.ranges: dict[str, tuple[float, float]] = {}
-        self.leader: dict[str, str] = {}
-        self.alive: list[tuple[torch.Tensor, Pass, str]] = []
-
-    def batch_ends(self) -> None:
-        """Forget the tensors of this batch; statistics of a leader count for those that follow it."""
-        self.alive.clear()
-        for name, leader in self.leader.items():
-            if leader in self.stats:
-                self.stats[name] = self.stats[leader]
-            if leader in self.ranges:
-                self.ranges[name] = self.ranges[leader]
-
-    def see(self, name: str, step: Pass, row: PlanRow, x: torch.Tensor) -> None:
-        """Fold one input x [..., k] into the statistic of the layer, or follow one that saw the same tensor."""
-        leader = self.leader.get(name)
-        if leader is None:
-            leader = next((own for seen, other, own in self.alive if seen is x and other == step), name)
-            self.leader[name] = leader
-        self.alive.append((x, step, leader))
-        if leader != name:
-            return
-        flat = x.reshape(-1, x.shape[-1])
-        if hasattr(step, "observe"):
-            self.stats[name] = step.observe(self.stats.get(name), flat)
-        if static_activations(row.scheme):
-            low, high = self.ranges.get(name, (0.0, 0.0))
-            self.ranges[name] = (min(low, float(flat.min())), max(high, float(flat.max())))
-
-
-@contextmanager
-def watching(layers: dict[str, torch.nn.Module], steps: dict[str, Pass], rows: dict[str, PlanRow]) -> Iterator[Watch]:
-    """Hook the layers while the block runs over the calibration data."""
-    watch = Watch()
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda layer, args: watch.see(name, steps[name], rows[name], args[0])
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items() if steps[name].calibrated]
-    try:
-        yield watch
-    finally:
-        for handle in handles:
-            handle.remove()

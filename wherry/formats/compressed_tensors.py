@@ -15,7 +15,7 @@ that their 8-bit codes mean; the scales that give the codes back are in `embeddi
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,26 @@ from wherry.artifact import MANIFEST, Artifact
 from wherry.checkpoint import SIDE_FILES, Checkpoint, Safetensors, natural
 from wherry.errors import Corrupt, Unsupported
 from wherry.locate import license_of, name_of
+from wherry.ops import layout
 from wherry.ops.grid import encode as encode_by
-from wherry.ops.pack import pack, unpack
 from wherry.recipe import Plan, Progress
 from wherry.scheme import QTensor, Scheme
 from wherry.task import Task
 from wherry.tensorfile import TensorFile
 
 TABLES, TABLE_SCALE = "embedding-scales.safetensors", ".embedding_scale"
-PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale", "input_zero_point")
+PARTS = (
+    "weight", "weight_packed", "weight_blocks", "weight_scale", "weight_global_scale", "weight_zero_point",
+    "weight_shape", "input_scale", "input_zero_point",
+)  # fmt: skip
 
 
 def check(plan: Plan) -> dict[str, str]:
     """Notes per tensor. Raises Unsupported when compressed-tensors has no words for a scheme."""
     for row in plan.taken():
         assert row.scheme
-        row.scheme.to_compressed_tensors()
+        if row.role == "linear":
+            row.scheme.to_compressed_tensors()
     return {}
 
 
@@ -48,24 +52,8 @@ def encode(name: str, tensor: torch.Tensor | QTensor) -> dict[str, torch.Tensor]
     """The tensors that hold one weight on disk. A plain tensor is itself."""
     if not isinstance(tensor, QTensor):
         return {name: tensor}
-    layer, scheme = name.removesuffix(".weight"), tensor.scheme
-    exact = scheme.bits <= 4 and bool((tensor.scale == tensor.scale.half().float()).all())
-    scale = tensor.scale.to(torch.float16 if exact else torch.float32)
-    if scheme.activations is not None:
-        out = {f"{layer}.weight": tensor.code, f"{layer}.weight_scale": scale}
-        if tensor.activation_scale is not None:
-            assert tensor.activation_zero is not None
-            out[f"{layer}.input_scale"] = tensor.activation_scale
-            out[f"{layer}.input_zero_point"] = tensor.activation_zero
-        return out
-    out = {
-        f"{layer}.weight_packed": pack(tensor.code, scheme.bits),
-        f"{layer}.weight_scale": scale,
-        f"{layer}.weight_shape": torch.tensor(tensor.shape, dtype=torch.int64),
-    }
-    if tensor.zero is not None:
-        out[f"{layer}.weight_zero_point"] = pack(tensor.zero.T.contiguous(), scheme.bits).T.contiguous()
-    return out
+    layer = name.removesuffix(".weight")
+    return {f"{layer}.{part}": value for part, value in layout.parts(tensor).items()}
 
 
 def encode_table(name: str, tensor: QTensor) -> dict[str, torch.Tensor]:
@@ -86,16 +74,17 @@ def quantization_config(schemes: dict[str, Scheme], others: list[str]) -> dict[s
     formats = []
     for i, scheme in enumerate(dict.fromkeys(schemes.values())):
         layers = [name for name, own in schemes.items() if own == scheme]
-        form = "pack-quantized" if scheme.activations is None else "int-quantized"
+        form = layout.form(scheme)
         formats.append(form)
+        words = {"weights": {"scheme": str(scheme)}} if form == "wherry" else scheme.to_compressed_tensors()
         groups[f"group_{i}"] = {
             "targets": [f"re:^{pattern}$" for pattern in patterns(layers)],
-            **scheme.to_compressed_tensors(),
+            **words,
             "output_activations": None,
             "format": form,
         }
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": "wherry" if "wherry" in formats else "compressed-tensors",
         "format": formats[0] if len(set(formats)) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
@@ -105,6 +94,12 @@ def quantization_config(schemes: dict[str, Scheme], others: list[str]) -> dict[s
         # transformers 5 loads packed zero points only in this way, and only when there is one group
         **({"dequantize": True} if len(groups) == 1 and not next(iter(schemes.values())).symmetric else {}),
     }
+
+
+def scheme_of(group: dict[str, Any]) -> Scheme:
+    """The scheme of a config group, ours or in compressed-tensors' words."""
+    own = group["weights"].get("scheme")
+    return Scheme.parse(own) if own else Scheme.from_compressed_tensors(group)
 
 
 def patterns(layers: list[str]) -> list[str]:
@@ -131,17 +126,14 @@ class Packed:
         self.plain = Safetensors(folder)
         have = set(self.plain.names())
         try:
-            groups = [
-                (list(group["targets"]), Scheme.from_compressed_tensors(group))
-                for group in config.get("config_groups", {}).values()
-            ]
+            groups = [(list(group["targets"]), scheme_of(group)) for group in config.get("config_groups", {}).values()]
         except (KeyError, TypeError, AttributeError) as error:
             raise Corrupt(f"{folder}: config.json has a junk quantization_config ({error!r})") from error
         ignore = config.get("ignore") or []
         self.schemes: dict[str, Scheme] = {}
         for name in have:
-            if name.endswith(".weight_scale"):
-                layer = name.removesuffix(".weight_scale")
+            if name.endswith((".weight_scale", ".weight_blocks")):
+                layer = name.rpartition(".")[0]
                 kind = "Embedding" if "embed" in layer else "Linear"
                 fits = [s for targets, s in groups if any(meant(t, layer, kind) for t in targets)]
                 if not fits or any(meant(t, layer, "") for t in ignore):
@@ -153,7 +145,7 @@ class Packed:
             for name, spelling in file.metadata.items():
                 self.schemes[name] = Scheme.parse(spelling)
                 self.tables[name] = file.read(name.removesuffix(".weight") + TABLE_SCALE).float()
-        parts = tuple(f".{part}" for part in PARTS)
+        parts = tuple(f".{part}" for part in PARTS[1:])
         self.own = sorted({n for n in have if not n.endswith(parts)} | set(self.schemes), key=natural)
 
     def names(self) -> list[str]:
@@ -162,13 +154,19 @@ class Packed:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the weight, also where it is packed."""
-        if f"{name}_packed" in self.plain.where:
+        if name.removesuffix("weight") + "weight_shape" in self.plain.where:
             return tuple(self.plain.read(name.removesuffix("weight") + "weight_shape").tolist())
-        return self.plain.shape(name)
+        if name in self.plain.where:
+            return self.plain.shape(name)
+        layer = name.removesuffix("weight")
+        part = "weight_packed" if f"{layer}weight_packed" in self.plain.where else "weight_blocks"
+        return layout.shape(part, self.plain.shape(layer + part), self.schemes[name])
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a float weight, or of the scales of a quantized one."""
-        return self.plain.dtype(f"{name}_scale" if name in self.schemes and name not in self.tables else name)
+        if name not in self.schemes or name in self.tables:
+            return self.plain.dtype(name)
+        return torch.float32 if f"{name}_scale" not in self.plain.where else self.plain.dtype(f"{name}_scale")
 
     def scheme(self, name: str) -> Scheme | None:
         """How the weight is stored."""
@@ -178,23 +176,9 @@ class Packed:
         """One weight: a plain tensor, or a QTensor with unpacked codes."""
         if name not in self.schemes:
             return self.plain.read(name)
-        layer, scheme = name.removesuffix(".weight"), self.schemes[name]
         if name in self.tables:
-            return encode_by(self.plain.read(name), scheme, self.tables[name], None)
-        have = self.plain.where
-        scale = self.plain.read(f"{layer}.weight_scale").float()
-        extra = [
-            self.plain.read(n) if n in have else None for n in (f"{layer}.input_scale", f"{layer}.input_zero_point")
-        ]
-        if scheme.activations is not None:
-            return QTensor(scheme, self.plain.read(name), scale, None, *extra)
-        rows, k = self.shape(name)
-        code = unpack(self.plain.read(f"{layer}.weight_packed"), scheme.bits, k)
-        zero = None
-        if not scheme.symmetric:
-            packed = self.plain.read(f"{layer}.weight_zero_point")
-            zero = unpack(packed.T.contiguous(), scheme.bits, rows).T.contiguous()
-        return QTensor(scheme, code, scale, zero, *extra)
+            return encode_by(self.plain.read(name), self.schemes[name], self.tables[name], None)
+        return restore(name, self.schemes[name], self.plain.where, self.plain.read)
 
     def fingerprint(self) -> str:
         """Of the files below."""
@@ -203,6 +187,17 @@ class Packed:
     def bytes(self) -> int:
         """Of the files below."""
         return self.plain.bytes()
+
+
+def restore(name: str, scheme: Scheme, have: Container[str], read: Callable[[str], torch.Tensor]) -> QTensor:
+    """The codes of one weight from the parts that `encode` wrote; `read` gives a part by its name."""
+    layer = name.removesuffix(".weight")
+    return layout.whole({part: read(f"{layer}.{part}") for part in PARTS if f"{layer}.{part}" in have}, scheme)
+
+
+def restore_table(name: str, scheme: Scheme, read: Callable[[str], torch.Tensor]) -> QTensor:
+    """The codes of an embedding or a head from what `encode_table` wrote."""
+    return encode_by(read(name), scheme, read(name.removesuffix(".weight") + TABLE_SCALE).float(), None)
 
 
 def meant(target: str, layer: str, kind: str) -> bool:
@@ -280,14 +275,16 @@ def decode(artifact: Artifact) -> Iterator[tuple[str, Any]]:
             yield name, source.plain.read(name).float().numpy()
             continue
         layer = name.removesuffix(".weight")
+        form = layout.form(scheme)
+        if form == "wherry":  # nobody else reads it
+            yield name, source.read(name).decode().numpy()  # type: ignore[union-attr]
+            continue
         group = scheme.to_compressed_tensors()
-        form = "int-quantized" if scheme.activations is not None else "pack-quantized"
         state = {
-            part: source.plain.read(f"{layer}.{part}")
-            for part in ("weight", *PARTS)
-            if f"{layer}.{part}" in source.plain.where
+            part: source.plain.read(f"{layer}.{part}") for part in PARTS if f"{layer}.{part}" in source.plain.where
         }
-        state["weight_scale"] = state["weight_scale"].float()
+        if form in ("pack-quantized", "int-quantized", "float-quantized"):
+            state["weight_scale"] = state["weight_scale"].float()
         foreign = QuantizationScheme(targets=["Linear"], **group)
         plain = BaseCompressor.get_value_from_registry(form).decompress(state, foreign)
         yield name, plain["weight"].float().numpy()

@@ -10,7 +10,9 @@ from collections.abc import Callable
 import torch
 
 from wherry.errors import Unsupported
-from wherry.scheme import Group, QTensor, Row, Scheme
+from wherry.levels import levels
+from wherry.ops.kquant import nested as nested_scales
+from wherry.scheme import Group, QTensor, Row, Scheme, values
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 PORTABLE_BITS = 7  # significant bits of a portable scale: 7 + 4 <= 11, what fp16 holds
@@ -42,6 +44,26 @@ def coarse(scale: torch.Tensor) -> torch.Tensor:
     return rounded.clamp(FP16_LEAST * 2 ** (COARSE_BITS - 1), COARSE_MOST)
 
 
+def power(scale: torch.Tensor) -> torch.Tensor:
+    """The nearest power of two: MXFP4's e8m0."""
+    return torch.exp2(torch.round(torch.log2(scale)).clamp(-127, 127))
+
+
+def over_one(scale: torch.Tensor) -> torch.Tensor:
+    """Scales as e4m3 over one power of two for the whole tensor: NVFP4, whose global scale can be found again."""
+    most = scale.amax()
+    over = torch.exp2(torch.ceil(torch.log2(most / 448.0)))
+    small = (scale / over).clamp(min=2.0**-9).to(torch.float8_e4m3fn).float()
+    return small * over
+
+
+def stored(scheme: Scheme, rounding: Rounding | None) -> Rounding | None:
+    """How the scales of a scheme are rounded: as its definition says, else by `rounding`."""
+    if scheme.nested:
+        return lambda scale: nested_scales(scale, scheme)
+    return {"e8m0": power, "float8_e4m3fn": over_one}.get(str(scheme.scale), rounding)
+
+
 def grouped(w: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """View w [..., n, k] as [..., n, g, k/g]. Raises BadInput when the group does not divide k."""
     if not isinstance(scheme.grain, Group | Row):
@@ -54,10 +76,15 @@ def fit(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale and zero of each group from its minimum and maximum; the scale is rounded by `rounding`, if any.
 
-    Returns scale float32 [..., n, g] > 0 and zero int8 of the same shape (None when symmetric).
+    Returns scale float32 [..., n, g] > 0 and zero int8 of the same shape (None when symmetric; a k-quant's minimum).
     """
+    if scheme.table == "binary":
+        return residual(w, scheme, rounding), None
     groups = grouped(w.float(), scheme)
-    return between(groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0), scheme, rounding)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    if scheme.nested and rounding is not None:
+        return settled(*between(low, high, scheme, None), scheme, rounding)
+    return between(low, high, scheme, rounding)
 
 
 def between(
@@ -65,14 +92,25 @@ def between(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale and zero of the grid that spans low <= 0 to high >= 0, each [..., n, g]."""
     span = float(scheme.qmax - scheme.qmin)
+    if scheme.tabled:
+        span = 2 * levels(scheme.table)[-1]
     scale = 2 * torch.maximum(-low, high) / span if scheme.symmetric else (high - low) / span
     scale = torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=torch.finfo(torch.float32).tiny)
     if rounding is not None:
         scale = rounding(scale)
     if scheme.symmetric:
         return scale, None
+    if scheme.nested:
+        return scale, -low
     zero = (scheme.qmin - torch.round(low / scale)).clamp(scheme.qmin, scheme.qmax)
     return scale, zero.to(torch.int8)
+
+
+def settled(
+    scale: torch.Tensor, zero: torch.Tensor | None, scheme: Scheme, rounding: Rounding
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales (and a k-quant's minimums) rounded together, once all groups are known."""
+    return rounding(scale), rounding(zero) if zero is not None and scheme.minimum != "code" else zero
 
 
 def search(
@@ -84,29 +122,105 @@ def search(
     importance: [k], weight of each input's error (the diagonal of the Hessian), or None for plain squared error.
     Source: the search of llm-compressor's observers memoryless_mse and imatrix_mse. Cost: `steps` roundings of w.
     """
+    if scheme.table == "binary":
+        return residual(w, scheme, rounding, importance), None
     groups = grouped(w.float(), scheme)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     weight = None if importance is None else importance.float().unflatten(-1, groups.shape[-2:])
-    best_scale, best_zero = between(low, high, scheme, rounding)
+    single = None if scheme.nested else rounding
+    best_scale, best_zero = between(low, high, scheme, single)
     best = torch.full_like(low, torch.inf)
     for shrink in torch.linspace(1.0, least, steps).tolist():
-        scale, zero = between(low * shrink, high * shrink, scheme, rounding)
-        offset = 0 if zero is None else zero.float().unsqueeze(-1)
-        code = torch.round(groups / scale.unsqueeze(-1) + offset).clamp_(scheme.qmin, scheme.qmax)
-        error = ((code - offset) * scale.unsqueeze(-1) - groups).square_()
+        scale, zero = between(low * shrink, high * shrink, scheme, single)
+        code = nearest(units(groups, scheme, scale, zero), scheme)
+        error = (values(code, scheme, scale, zero) - groups).square_()
         total = (error if weight is None else error * weight).sum(-1)
         better = total < best
         best = torch.where(better, total, best)
         best_scale = torch.where(better, scale, best_scale)
         if zero is not None and best_zero is not None:
             best_zero = torch.where(better, zero, best_zero)
+    if scheme.nested and rounding is not None:
+        return settled(best_scale, best_zero, scheme, rounding)
     return best_scale, best_zero
+
+
+def residual(
+    w: torch.Tensor, scheme: Scheme, rounding: Rounding | None, importance: torch.Tensor | None = None, rounds: int = 8
+) -> torch.Tensor:
+    """Scales [..., n, g * planes] of binary planes: greedy residuals, then least squares and nearest sums in turn.
+
+    Source: Rastegari et al. 2016, arXiv:1603.05279 (one plane: the mean of |w|); Guo et al. 2017 (Network Sketching,
+    arXiv:1706.02021) for more planes and their refinement.
+    """
+    groups = grouped(w.float(), scheme)
+    weight = torch.ones_like(groups[..., :1, :]) if importance is None else importance.float().unflatten(
+        -1, groups.shape[-2:])  # fmt: skip
+    weight = weight.clamp(min=1e-12).expand_as(groups)
+    rest, found = groups, []
+    for _ in range(scheme.planes):
+        found.append((rest.abs() * weight).sum(-1) / weight.sum(-1))
+        rest = rest - found[-1].unsqueeze(-1) * torch.where(rest >= 0, 1.0, -1.0)
+    scale = torch.stack(found, -1)
+    for _ in range(rounds if scheme.planes > 1 else 0):
+        code = nearest_plane(groups, scheme, scale.flatten(-2))
+        place = code.long() + (1 << (scheme.planes - 1))
+        signs = torch.stack([(place >> p & 1) * 2.0 - 1 for p in range(scheme.planes)])
+        signs = signs.movedim(0, -1)  # [..., g, size, planes]
+        A = torch.einsum("...sp,...sq,...s->...pq", signs, signs, weight)
+        b = torch.einsum("...sp,...s,...s->...p", signs, groups, weight)
+        ridge = 1e-4 * A.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(scheme.planes)
+        scale = torch.linalg.solve(A + ridge, b + (ridge @ scale.unsqueeze(-1)).squeeze(-1)).abs()
+    scale = scale.flatten(-2)
+    scale = torch.where(scale > 0, scale, torch.full_like(scale, 1e-8))
+    return scale if rounding is None else rounding(scale)
+
+
+def nearest_plane(groups: torch.Tensor, scheme: Scheme, scale: torch.Tensor) -> torch.Tensor:
+    """Codes [..., g, size] of the nearest sums of planes; scale [..., g * planes]. Cost: 2^planes comparisons."""
+    first = -(1 << (scheme.planes - 1))
+    best, least = torch.zeros_like(groups), torch.full_like(groups, torch.inf)
+    for code in range(first, -first):
+        guess = torch.full_like(groups[..., :1], code)
+        error = (values(guess, scheme, scale, None) - groups).abs()
+        best, least = torch.where(error < least, guess, best), torch.minimum(error, least)
+    return best
+
+
+def units(groups: torch.Tensor, scheme: Scheme, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+    """Weights [..., g, size] in the units of codes (of levels, where there is a table); scale, zero [..., g]."""
+    s = torch.where(scale != 0, scale, torch.ones_like(scale)).unsqueeze(-1)
+    if zero is None:
+        return groups / s
+    z = zero.float().unsqueeze(-1)
+    return (groups + z) / s + scheme.qmin if scheme.minimum != "code" else groups / s + z
+
+
+def nearest(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """The nearest codes (float) of weights in the units of codes."""
+    if not scheme.tabled:
+        return torch.round(x).clamp_(scheme.qmin, scheme.qmax)
+    table = torch.tensor(levels(scheme.table), dtype=x.dtype, device=x.device)
+    return torch.bucketize(x.contiguous(), (table[1:] + table[:-1]) / 2).to(x.dtype) + scheme.qmin
+
+
+def snap(
+    w: torch.Tensor, scheme: Scheme, scale: torch.Tensor, zero: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearest codes (float) and what they mean, for one weight [n] of each row on that row's grid [n] ([n, planes])."""
+    groups = w.unsqueeze(-1)
+    if scheme.planes > 1:
+        code = nearest_plane(groups.unsqueeze(-1), scheme, scale).squeeze(-1)
+        return code.squeeze(-1), values(code.unsqueeze(-1), scheme, scale, None).flatten()
+    code = nearest(units(groups, scheme, scale, zero), scheme)
+    return code.squeeze(-1), values(code, scheme, scale, zero).squeeze(-1)
 
 
 def encode(w: torch.Tensor, scheme: Scheme, scale: torch.Tensor, zero: torch.Tensor | None) -> QTensor:
     """Round each weight to the nearest code of its group's grid."""
-    x = grouped(w.float(), scheme) / scale.unsqueeze(-1)
-    if zero is not None:
-        x = x + zero.unsqueeze(-1)
-    code = torch.round(x).clamp(scheme.qmin, scheme.qmax).to(torch.int8).flatten(-2)
-    return QTensor(scheme, code, scale, zero)
+    groups = grouped(w.float(), scheme)
+    if scheme.planes > 1:
+        code = nearest_plane(groups, scheme, scale)
+    else:
+        code = nearest(units(groups, scheme, scale, zero), scheme)
+    return QTensor(scheme, code.to(torch.int8).flatten(-2), scale, zero)

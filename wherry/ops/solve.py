@@ -3,6 +3,9 @@
 import torch
 
 from wherry.errors import Diverged
+from wherry.levels import levels
+from wherry.ops import grid
+from wherry.scheme import Scheme
 
 
 def inverse_factor(hessian: torch.Tensor, damp: float, most: float = 1.0) -> tuple[torch.Tensor, float]:
@@ -29,6 +32,73 @@ def inverse_factor(hessian: torch.Tensor, damp: float, most: float = 1.0) -> tup
                 return U.float(), damp
         damp = max(damp, 1e-4) * 10
     raise Diverged(f"the Hessian is not positive definite even with damp={most}: use more calibration data")
+
+
+def columns(
+    w: torch.Tensor, U: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: Scheme,
+    order: torch.Tensor, block: int = 128, P: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Codes of w [n, k], column after column in the given order; the rest pays the error of each: the loop of GPTQ.
+
+    U [k, k]: upper factor of H^-1, in that order. scale, zero [n, g]: of each column's own group, fixed. P [k, k]: what
+    one unit of a column asks of the columns after it (GPTAQ), in that order, or None. An exact zero stays zero.
+    Lazy blocks of `block` columns. Returns code float [n, k]. Cost: O(n k^2).
+    """
+    k = w.shape[-1]
+    size, planes = k * scheme.planes // scale.shape[-1], scheme.planes
+    keep, W = (w != 0)[:, order], w[:, order].clone()
+    code = torch.empty_like(W)
+    group = (order // size).tolist()
+    null = neutral(scheme, scale, zero)
+    for i in range(0, k, block):
+        j = min(i + block, k)
+        B, Ub = W[:, i:j].clone(), U[i:j, i:j]
+        E, began = torch.empty_like(B), torch.empty_like(B)
+        for c in range(j - i):
+            g, w_c = group[i + c], B[:, c]
+            z = None if zero is None else zero[:, g]
+            q, v = grid.snap(w_c, scheme, scale[:, g] if planes == 1 else scale[:, g * planes : (g + 1) * planes], z)
+            if null is not None:
+                q, v = torch.where(keep[:, i + c], q, null[:, g]), v * keep[:, i + c]
+            E[:, c] = (w_c - v) / Ub[c, c]
+            if P is not None:
+                began[:, c] = w_c
+                B[:, c + 1 :] += began[:, c : c + 1] * P[i + c, i + c + 1 : j]
+            B[:, c:] -= E[:, c : c + 1] * Ub[c, c:]
+            code[:, i + c] = q
+        W[:, j:] -= E @ U[i:j, j:]
+        if P is not None:
+            W[:, j:] += began @ P[i:j, j:]
+    return code[:, torch.argsort(order)]
+
+
+def neutral(scheme: Scheme, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor | None:
+    """The code [n, g] (float) that means zero; None for a grid that has no zero (binary, a float minimum)."""
+    if scheme.planes > 1 or scheme.minimum != "code" or scheme.table == "binary":
+        return None
+    if zero is not None:
+        return zero.float()
+    place = float(levels(scheme.table).index(0.0) + scheme.qmin) if scheme.tabled else 0.0
+    return torch.full_like(scale, place)
+
+
+def refit_codes(
+    target: torch.Tensor, code: torch.Tensor, scheme: Scheme, hessian: torch.Tensor, scale: torch.Tensor,
+    zero: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """`refit` for the codes [n, k] of any grid: scales [n, g] that bring them near `target`; planes stay."""
+    if scheme.planes > 1:
+        return scale
+    size = code.shape[-1] // scale.shape[-1]
+    if scheme.tabled:
+        table = torch.tensor(levels(scheme.table))
+        return refit(target, table[code.long() - scheme.qmin], hessian, scale)
+    if zero is None:
+        return refit(target, code, hessian, scale)
+    z = zero.float().repeat_interleave(size, 1)
+    if scheme.minimum != "code":
+        return refit(target + z, code - scheme.qmin, hessian, scale)
+    return refit(target, code - z, hessian, scale)
 
 
 def refit(

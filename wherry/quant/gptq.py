@@ -21,7 +21,7 @@ import torch
 
 from wherry.errors import BadInput
 from wherry.ops import grid
-from wherry.ops.solve import inverse_factor, refit
+from wherry.ops.solve import columns, inverse_factor, refit_codes
 from wherry.recipe import Pass
 from wherry.scheme import QTensor
 
@@ -69,40 +69,21 @@ class GPTQ(Pass):
         """Codes of w [n, k] that keep w x where the calibration inputs lie."""
         if stat is None:
             raise BadInput("gptq needs calibration statistics; rtn is the method without data")
-        W, k = w.float().clone(), w.shape[-1]
+        W, k = w.float(), w.shape[-1]
         H = stat.total / max(stat.tokens, 1)
         if self.observer == "minmax":
             scale, zero = grid.fit(W, self.scheme, self.rounding)
         else:
             importance = H.diagonal() if self.observer == "imatrix_mse" else None
             scale, zero = grid.search(W, self.scheme, self.rounding, importance)
-        size = k // scale.shape[-1]
         falling = torch.argsort(H.diagonal(), descending=True, stable=True)
         order = falling if self.actorder == "static" else torch.arange(k)
         U, damp = inverse_factor(H[order][:, order], self.damp)
         if damp != self.damp and notes is not None:
             notes.append(f"damping raised from {self.damp:g} to {damp:g}: the Hessian was not positive definite")
-        keep = (W != 0)[:, order]  # an exact zero stays zero
-        W = W[:, order]
-        S = scale[:, order // size]  # the scale of each column's own group
-        Z = torch.zeros_like(S) if zero is None else zero.float()[:, order // size]
-        code = torch.empty_like(W)
-        for i in range(0, k, self.block):
-            j = min(i + self.block, k)
-            B, Ub = W[:, i:j].clone(), U[i:j, i:j]
-            E = torch.empty_like(B)
-            for c in range(j - i):
-                s, z = S[:, i + c], Z[:, i + c]
-                q = torch.round(B[:, c] / s + z).clamp_(self.scheme.qmin, self.scheme.qmax)
-                q = torch.where(keep[:, i + c], q, z)
-                E[:, c] = (B[:, c] - s * (q - z)) / Ub[c, c]
-                B[:, c:] -= E[:, c : c + 1] * Ub[c, c:]
-                code[:, i + c] = q
-            W[:, j:] -= E @ U[i:j, j:]
-        code = code[:, torch.argsort(order)]
+        code = columns(W, U, scale, zero, self.scheme, order, self.block)
         if self.refit:
             H = H + damp * H.diagonal().mean() * torch.eye(k)
-            q = code if zero is None else code - zero.float().repeat_interleave(size, 1)
-            scale = refit(w.float(), q, H, scale)
+            scale = refit_codes(W, code, self.scheme, H, scale, zero)
             scale = scale if self.rounding is None else self.rounding(scale)
         return QTensor(self.scheme, code.to(torch.int8), scale, zero)

@@ -1,8 +1,10 @@
-"""Our codes as GGUF blocks of 32 weights: Q4_0 and Q4_1 for up to 4 bits, Q8_0 for up to 8. Nothing is rounded.
+"""Our codes as GGUF blocks: Q4_0 and Q4_1 for up to 4 bits, Q8_0 for up to 8, k-quants, MXFP4. Nothing is rounded.
 
     Q4_0   d fp16, 16 bytes             w = d * (q - 8)      symmetric: q = code + 8
     Q4_1   d fp16, m fp16, 16 bytes     w = d * q + m        q = code + 2^(bits-1), m = -d * (zero + 2^(bits-1))
     Q8_0   d fp16, 32 bytes             w = d * q            q = code
+    MXFP4  e8m0 byte, 16 bytes          w = 2^(e - 127) * level of e2m1
+    Q2_K to Q6_K: ops/kquant.py
 In a 4-bit block byte j holds weight j in its low half and weight j + 16 in its high half.
 Shapes: code [n, k], scale [n, g]; blocks uint8 [n, k / 32 * bytes of a block].
 Source: ggml, src/ggml-common.h (block_q4_0, block_q4_1, block_q8_0).
@@ -12,17 +14,23 @@ import numpy as np
 import torch
 
 from wherry.errors import Unsupported
+from wherry.ops import kquant, layout
 from wherry.scheme import Group, QTensor, Row, Scheme
 
 BLOCK = 32
-BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34, "MXFP4": 17}
 
 
 def kind_of(scheme: Scheme, shape: tuple[int, ...]) -> str:
     """The type of block for a scheme. Raises Unsupported with the nearest scheme that GGUF can hold."""
     k = shape[-1]
-    if scheme.kind != "int" or scheme.planes != 1 or len(shape) != 2:
-        raise Unsupported(f"GGUF has no block for {scheme} of shape {list(shape)}; integer schemes of matrices fit")
+    if scheme.nested and len(shape) == 2 and k % kquant.SUPER == 0:
+        return str(kquant.name_of(scheme))
+    if scheme.scale == "e8m0" and len(shape) == 2 and k % BLOCK == 0:
+        return "MXFP4"
+    if scheme.kind != "int" or scheme.planes != 1 or len(shape) != 2 or scheme.nested:
+        near = "MXFP4A16" if scheme.bits == 4 else "W8A16" if scheme.bits == 8 else "Q2_K"
+        raise Unsupported(f"GGUF has no block for {scheme} of shape {list(shape)}; {near} is the nearest that fits")
     if scheme.activations is not None:
         raise Unsupported(f"{scheme}: GGUF stores weights only, llama.cpp rounds activations; use W{scheme.bits}A16")
     if k % BLOCK:
@@ -43,7 +51,9 @@ def kind_of(scheme: Scheme, shape: tuple[int, ...]) -> str:
 
 def note_of(scheme: Scheme) -> str:
     """What a person should know of a scheme that fits, or an empty string."""
-    notes = []
+    notes: list[str] = []
+    if scheme.nested or scheme.kind == "fp":
+        return ""
     if scheme.bits not in (4, 8):
         notes.append(f"{scheme.bits}-bit codes live in {4 if scheme.bits < 4 else 8}-bit blocks: no bytes saved")
     if isinstance(scheme.grain, Row):
@@ -62,6 +72,12 @@ def pack(name: str, tensor: QTensor) -> tuple[str, np.ndarray]:
     """
     kind, scheme = kind_of(tensor.scheme, tensor.shape), tensor.scheme
     n, k = tensor.shape
+    if scheme.nested:
+        return kind, kquant.pack(tensor).numpy()
+    if kind == "MXFP4":
+        half = layout.nibbles(tensor.code.unflatten(-1, (-1, 2, BLOCK // 2)).transpose(-1, -2).reshape(n, k))
+        exponent = (torch.log2(tensor.scale).round() + 127).to(torch.uint8).unsqueeze(-1)
+        return kind, torch.cat([exponent, half.unflatten(-1, (-1, BLOCK // 2))], -1).flatten(1).numpy()
     scale = tensor.scale.float().repeat_interleave(k // BLOCK // tensor.scale.shape[-1], -1)
     header = [_half(name, scale)]
     code = tensor.code.to(torch.int16)

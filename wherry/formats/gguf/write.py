@@ -28,6 +28,7 @@ from wherry.formats.gguf.names import (
     tensor_names,
 )
 from wherry.formats.gguf.vocabulary import Vocabulary, vocabulary
+from wherry.ops import kquant
 from wherry.recipe import Plan, Progress
 from wherry.scheme import QTensor
 
@@ -35,6 +36,8 @@ KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 VALUES = {int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
 FILE_TYPES = {
     "F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16, "BF16": LlamaFileType.MOSTLY_BF16,
+    "Q2_K": LlamaFileType.MOSTLY_Q2_K, "Q3_K": LlamaFileType.MOSTLY_Q3_K_S, "Q4_K": LlamaFileType.MOSTLY_Q4_K_S,
+    "Q5_K": LlamaFileType.MOSTLY_Q5_K_S, "Q6_K": LlamaFileType.MOSTLY_Q6_K, "MXFP4": LlamaFileType.MOSTLY_MXFP4_MOE,
     "Q4_0": LlamaFileType.MOSTLY_Q4_0, "Q4_1": LlamaFileType.MOSTLY_Q4_1, "Q8_0": LlamaFileType.MOSTLY_Q8_0,
 }  # fmt: skip
 
@@ -59,7 +62,8 @@ def check(plan: Plan) -> dict[str, str]:
             kind_of(scheme, row.shape)
         except Unsupported as error:
             raise Unsupported(f"{row.name}: {error}") from error
-        if row.scheme and 0 <= row.step < len(plan.recipe.steps) and not plan.recipe.steps[row.step].portable:
+        plain = row.scheme and row.scheme.kind == "int" and not row.scheme.nested
+        if plain and 0 <= row.step < len(plan.recipe.steps) and not plan.recipe.steps[row.step].portable:
             raise Unsupported(
                 f"{row.name}: portable=false leaves scales that fp16 cannot hold, and GGUF stores fp16.\n"
                 f"Leave portable=true, the default, or export compressed_tensors only."
@@ -111,6 +115,8 @@ def save(checkpoint: Checkpoint, out: Path, progress: Progress) -> Artifact:
         shape, kind = checkpoint.shape(name), kinds[name]
         if kind in BYTES:
             shape = (*shape[:-1], shape[-1] // BLOCK * BYTES[kind])
+        elif kind in kquant.BYTES:
+            shape = (*shape[:-1], shape[-1] // kquant.SUPER * kquant.BYTES[kind])
         dtype = np.dtype({"F32": "float32", "F16": "float16"}.get(kind, "uint8"))
         if kind == "BF16":
             shape = (*shape[:-1], shape[-1] * 2)

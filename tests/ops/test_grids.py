@@ -1,0 +1,144 @@
+"""Grids that are no plain integers: against torch's floats, compressed-tensors' decompressors, gguf's dequantizers."""
+
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from wherry.errors import Unsupported
+from wherry.formats.gguf.blocks import pack as block_pack
+from wherry.levels import levels
+from wherry.ops import grid, kquant, layout
+from wherry.recipe import build
+from wherry.scheme import PRESETS, QTensor
+
+K = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+OTHER = ["W1A16", "W2A16_BINARY", "W3A16_BINARY", "W1.58A16", "FP8A16", "FP8_E5M2A16", "FP4A16", "NF4", "NVFP4A16"]
+ALL = [*K, *OTHER, "MXFP4A16", "W5A16", "W6A16_ASYM"]
+
+
+def rtn(name: str, w: torch.Tensor) -> QTensor:
+    return build("rtn", {"scheme": name}).solve(w)
+
+
+def weight(n: int = 24, k: int = 512, seed: int = 0) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return torch.distributions.StudentT(5.0).sample((n, k)) * 0.03
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)])
+def test_levels_are_all_finite_values_of_the_dtype(name: str, dtype: torch.dtype) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    finite = every[torch.isfinite(every)].unique()
+    assert finite.tolist() == list(levels(name))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_decoding_then_encoding_changes_nothing(name: str) -> None:
+    q = rtn(name, weight())
+    again = grid.encode(q.decode(), q.scheme, q.scale, q.zero)
+    torch.testing.assert_close(again.decode(), q.decode(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_layout_keeps_every_bit(name: str) -> None:
+    q = rtn(name, weight())
+    back = layout.whole(layout.parts(q), q.scheme)
+    assert torch.equal(back.decode(), q.decode())
+    assert torch.equal(layout.whole(layout.parts(back), q.scheme).decode(), q.decode())
+    held = sum(t.numel() * t.element_size() for key, t in layout.parts(q).items() if key != "weight_shape")
+    assert held <= q.scheme.bytes((24, 512), 4 if q.scheme.bits > 4 else 2) * 1.01 + 8
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_solver_fills_every_grid(name: str) -> None:
+    """GPTQ is better than rounding on correlated inputs, searched ranges are not worse; all stay on the grid."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(800, 64, generator=g) @ torch.randn(64, 256, generator=g) + 0.1 * torch.randn(800, 256, generator=g)
+    w = weight(32, 256)
+    plain = rtn(name, w)
+    for method in ("gptq", "gptaq"):
+        step = build(method, {"scheme": name})
+        q = step.solve(w, step.observe(None, x, *([x] if method == "gptaq" else [])))
+        assert float(((q.decode() - w) @ x.T).norm()) < float(((plain.decode() - w) @ x.T).norm())
+        assert torch.equal(layout.whole(layout.parts(q), q.scheme).decode(), q.decode())
+    searched = grid.encode(w, plain.scheme, *grid.search(w, plain.scheme, step.rounding))
+    assert float((searched.decode() - w).norm()) <= float((plain.decode() - w).norm()) * 1.02
+
+
+def test_more_planes_are_better_and_least_squares_beats_greedy() -> None:
+    w = weight(16, 256)
+    names = ("W1A16", "W2A16_BINARY", "W3A16_BINARY")
+    errors = [float((rtn(name, w).decode() - w).norm() / w.norm()) for name in names]
+    assert errors == sorted(errors, reverse=True)
+    greedy, rest = torch.zeros_like(w).reshape(16, 2, 128), w.reshape(16, 2, 128)
+    for _ in range(2):
+        sign = torch.where(rest >= 0, 1.0, -1.0)
+        greedy = greedy + rest.abs().mean(-1, keepdim=True) * sign
+        rest = w.reshape(16, 2, 128) - greedy
+    assert errors[1] < float(rest.norm() / w.norm())
+
+
+def test_one_plane_is_xnor_net() -> None:
+    w = weight(8, 128)
+    want = w.abs().mean(-1, keepdim=True) * torch.where(w >= 0, 1.0, -1.0)
+    torch.testing.assert_close(rtn("W1A16", w).decode(), want, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("name", K)
+def test_k_quants_decode_as_the_gguf_package_does(name: str) -> None:
+    for seed, size in ((0, 1.0), (1, 1e-3), (2, 30.0)):
+        w = weight(seed=seed) * size
+        w[0, :256], w[1, 32:64], w[2] = 0, 0, w[2].abs()
+        q = rtn(name, w)
+        blocks = kquant.pack(q)
+        assert blocks.shape[1] == 2 * kquant.BYTES[name]
+        theirs = dequantize(blocks.numpy(), GGMLQuantizationType[name])
+        assert np.array_equal(theirs, q.decode().numpy())
+        assert block_pack("w", q)[0] == name
+
+
+@pytest.mark.parametrize("name", K)
+def test_any_file_of_k_quants_is_read_bit_by_bit(name: str) -> None:
+    """Random bytes, also those that our packer never writes (negative scales)."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (4, 3 * kquant.BYTES[name]), dtype=np.uint8)
+    parts = blocks.reshape(12, kquant.BYTES[name])
+    for at in {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[name]:
+        parts[:, at : at + 2] = (rng.random(12).astype(np.float16) * 0.1).astype(np.float16)[:, None].view(np.uint8)
+    theirs = dequantize(blocks, GGMLQuantizationType[name])
+    ours = kquant.unpack(torch.from_numpy(blocks), PRESETS[name]).decode()
+    np.testing.assert_array_equal(theirs, ours.numpy())
+
+
+def test_scales_that_are_no_k_quant_are_refused() -> None:
+    q = rtn("Q4_K", weight())
+    with pytest.raises(Unsupported, match="super-block"):
+        kquant.pack(QTensor(q.scheme, q.code, q.scale * torch.rand_like(q.scale), q.zero))
+
+
+@pytest.mark.parametrize("name", ["FP8A16", "NVFP4A16", "MXFP4A16"])
+def test_float_grids_decode_as_compressed_tensors_does(name: str) -> None:
+    q = rtn(name, weight())
+    form = layout.form(q.scheme)
+    theirs = QuantizationScheme(targets=["Linear"], **q.scheme.to_compressed_tensors())
+    plain = BaseCompressor.get_value_from_registry(form).decompress(layout.parts(q), theirs)
+    torch.testing.assert_close(plain["weight"].float(), q.decode(), rtol=2**-8, atol=0)  # theirs computes in bfloat16
+
+
+def test_mxfp4_decodes_as_the_gguf_package_does() -> None:
+    q = rtn("MXFP4A16", weight())
+    kind, blocks = block_pack("w", q)
+    assert kind == "MXFP4"
+    assert np.array_equal(dequantize(blocks, GGMLQuantizationType.MXFP4), q.decode().numpy())
+
+
+@pytest.mark.parametrize(("name", "k"), [("Q4_K", 64), ("NVFP4A16", 24)])
+def test_rows_that_do_not_fit_name_what_does(name: str, k: int) -> None:
+    from wherry.errors import BadInput
+
+    with pytest.raises(BadInput, match="fits|group_size="):
+        rtn(name, torch.randn(4, k))

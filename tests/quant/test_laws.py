@@ -1,0 +1,101 @@
+"""Composition laws that every method keeps, whatever it optimises."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from wherry.ops import grid
+from wherry.ops.latent import Latent
+from wherry.recipe import build
+from wherry.scheme import QTensor
+
+CALIBRATED = ["gptq", "gptaq", "awq"]
+FREE = ["rtn", "hqq", "rounding"]
+
+
+def solve(method: str, w: torch.Tensor, x: torch.Tensor, **knobs: Any) -> QTensor:
+    step = build(method, knobs)
+    if method in FREE:
+        return step.solve(w)
+    extra = (x,) if method == "gptaq" else ()
+    return step.solve(w, step.observe(None, x, *extra))
+
+
+def inputs(tokens: int, k: int, seed: int = 0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, k // 4, generator=g) @ torch.randn(k // 4, k, generator=g) + 0.1 * torch.randn(
+        tokens, k, generator=g
+    )
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+@pytest.mark.parametrize("scheme", ["W4A16_ASYM", "W2A16"])
+def test_white_inputs_make_it_round_to_nearest(method: str, scheme: str) -> None:
+    """Inputs without correlation leave nothing to gain: the codes are the nearest ones of the searched ranges."""
+    torch.manual_seed(0)
+    w, x = torch.randn(24, 96), torch.eye(96) * 96**0.5
+    knobs = {"scheme": scheme, "group_size": 32} | ({"damp": 0, "refit": False} if method != "awq" else {})
+    ours = solve(method, w, x, **knobs)
+    step = build(method, knobs)
+    nearest = grid.encode(w, step.scheme, *grid.search(w, step.scheme, step.rounding))
+    assert torch.equal(ours.code, nearest.code)
+    assert torch.equal(ours.scale, nearest.scale)
+
+
+@pytest.mark.parametrize("method", [*CALIBRATED, *FREE])
+def test_exact_zeros_stay_zero(method: str) -> None:
+    torch.manual_seed(1)
+    w = torch.randn(16, 64)
+    mask = torch.rand_like(w) < 0.5
+    w[mask] = 0
+    for scheme in ("W4A16_ASYM", "W3A16", "W2A16_ASYM"):
+        assert (solve(method, w, inputs(200, 64), scheme=scheme, group_size=32).decode()[mask] == 0).all()
+
+
+@pytest.mark.parametrize("method", [*CALIBRATED, *FREE])
+def test_more_bits_are_never_worse(method: str) -> None:
+    torch.manual_seed(2)
+    w, x = torch.randn(32, 128), inputs(400, 128)
+    errors = []
+    for scheme in ("W2A16_ASYM", "W3A16_ASYM", "W4A16_ASYM"):
+        errors.append(float((solve(method, w, x, scheme=scheme, group_size=32).decode() - w).norm()))
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("method", [*CALIBRATED, *FREE])
+def test_a_group_of_one_is_exact(method: str) -> None:
+    torch.manual_seed(3)
+    w = torch.randn(8, 16)
+    q = solve(method, w, inputs(64, 16), scheme="W4A16_ASYM", group_size=1, portable="false")
+    torch.testing.assert_close(q.decode(), w, rtol=0.02 if method in ("gptq", "gptaq") else 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["W4A16_ASYM", "W3A16", "W2A16_ASYM", "W8A16"])
+def test_encoding_what_was_decoded_changes_nothing(scheme: str) -> None:
+    torch.manual_seed(4)
+    q = solve("hqq", torch.randn(16, 128), inputs(9, 128), scheme=scheme, group_size=32)
+    again = grid.encode(q.decode(), q.scheme, q.scale, q.zero)
+    assert torch.equal(again.code, q.code)
+    assert torch.equal(again.decode(), q.decode())
+
+
+@pytest.mark.parametrize("method", [*CALIBRATED, *FREE])
+def test_a_latent_begins_where_its_solver_ended(method: str) -> None:
+    torch.manual_seed(5)
+    w = torch.randn(16, 64)
+    w[:, :7] = 0
+    for scheme in ("W4A16_ASYM", "W2A16"):
+        q = solve(method, w, inputs(200, 64), scheme=scheme, group_size=32)
+        latent = Latent(q, w, grid.portable)
+        assert torch.equal(latent.settle().code, q.code)
+        torch.testing.assert_close(latent.weight().detach(), q.decode(), rtol=1e-6, atol=1e-7)
+        with torch.no_grad():
+            latent.v.add_(torch.randn_like(latent.v))
+            latent.a.add_(0.1 * torch.randn_like(latent.a))
+        settled = latent.settle()
+        torch.testing.assert_close(latent.weight().detach(), settled.decode(), rtol=1e-6, atol=1e-7)
+        assert (settled.decode()[:, :7] == 0).all()
+        assert torch.equal(settled.scale, grid.portable(settled.scale))
+        assert int(settled.code.min()) >= q.scheme.qmin
+        assert int(settled.code.max()) <= q.scheme.qmax

@@ -1,0 +1,97 @@
+"""Pass: one step of a recipe. A method is a frozen dataclass: its fields are knobs, its methods say how it is walked.
+
+`solve(w)`: streamed, tensor by tensor, without data.
+`observe(stat, x)` and `solve(w, stat)`: walked block by block; statistics of inputs, then codes.
+`observe(stat, x, x_ref)`: the same, layer after layer, with the original model's inputs beside.
+`observe` and `smooth(ws, stat) -> s`: before a solver; the inputs of ws are divided by s [k], ws multiplied.
+`fit(call, latents, targets, notes)`: after a solver; the codes of one block learned together.
+`tune(loss, latents, free, batches, notes)`: after the last block; the whole model against the original's outputs.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from wherry.errors import BadInput
+from wherry.ops import grid
+from wherry.scheme import PRESETS, QTensor, Scheme
+
+EMBEDDING = "W8A16,group_size=32"
+SEEING = ("observe", "smooth", "fit", "tune")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One step of a recipe. Subclasses are files on a shelf; their fields are the knobs that a recipe can turn.
+
+    scheme: how the chosen weights will be stored; group_size is a knob of its own in a recipe.
+    embedding: scheme of the embedding and of the head, which share it when they are tied; "keep" leaves them.
+    portable: round scales to 7 significant bits so that every format holds exactly the same weights.
+    targets, ignore: layer names (`model.layers.0.mlp.up_proj`), or patterns after `re:`; several joined by `;`.
+    activation_observer: how static ranges of activations are found: mse, minmax, percentile, entropy. ONNX graphs only,
+        as the next two.
+    bias_correction: take what rounding the weights adds to a layer's mean output from its bias.
+    attention: also round the inputs of products of two activations.
+    """
+
+    scheme: Scheme = PRESETS["W4A16"]
+    embedding: str = EMBEDDING
+    portable: bool = True
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    activation_observer: Literal["mse", "minmax", "percentile", "entropy"] = "mse"
+    bias_correction: bool = False
+    attention: bool = False
+
+    def solve(self, w: torch.Tensor, stat: Any = None, notes: list[str] | None = None) -> QTensor:
+        """Codes for the weight w [..., n, k]; stat is what `observe` gathered, or None; remarks go into `notes`."""
+        raise NotImplementedError
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs to see inputs: by a method that it defines, or the scheme has static activations."""
+        activations = self.scheme.activations
+        return any(hasattr(self, name) for name in SEEING) or (activations is not None and not activations.dynamic)
+
+    @property
+    def solves(self) -> bool:
+        """Whether it can choose codes from a float weight."""
+        return type(self).solve is not Pass.solve
+
+    def wants(self, name: str) -> bool:
+        """Whether a weight of that name is among its targets and not ignored."""
+        meant = not self.targets or any(matches(pattern, name) for pattern in self.targets)
+        return meant and not any(matches(pattern, name) for pattern in self.ignore)
+
+    @property
+    def rounding(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """How scales are rounded before codes are solved; None when they are not."""
+        return grid.stored(self.scheme, grid.portable if self.portable else None)
+
+    @property
+    def method(self) -> str:
+        """Its name on the shelf."""
+        return type(self).__name__.lower()
+
+    def __str__(self) -> str:
+        knobs = []
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if (item.name == "scheme" and self.solves) or value != item.default:
+                knobs.append(f"{item.name}={';'.join(value) if isinstance(value, tuple) else value}")
+        return f"{self.method}:{','.join(knobs)}".rstrip(":")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a weight's or layer's name is meant by a pattern: exact, last part, or `re:` and a full match."""
+    layer = name.removesuffix(".weight")
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], layer) is not None
+        except re.error as error:
+            raise BadInput(f"'{pattern}' is not a regular expression: {error}") from error
+    return pattern in (layer, name) or layer.endswith(f".{pattern}")

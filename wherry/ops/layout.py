@@ -1,0 +1,110 @@
+"""Layout: a QTensor as named tensors on disk, and back. Those of compressed-tensors where it has words for the scheme.
+
+    pack-quantized        weight_packed int32 (pack.py), weight_scale, weight_shape, weight_zero_point  W2A16
+    int-quantized         weight int8, weight_scale, input_scale, input_zero_point                      W8A8
+    float-quantized       weight float8_e4m3fn, weight_scale                                            FP8A16
+    nvfp4-pack-quantized  weight_packed uint8, weight_scale float8_e4m3fn, weight_global_scale          NVFP4A16
+    mxfp4-pack-quantized  weight_packed uint8, weight_scale uint8 (exponent + 127)                      MXFP4A16
+    wherry                weight_blocks uint8: k-quants in ggml's blocks; else as pack-quantized        Q4_K, NF4
+Source: compressed-tensors 0.20, compressors/*; ggml for k-quants (kquant.py).
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from wherry.levels import levels
+from wherry.ops import kquant
+from wherry.ops.pack import pack, unpack
+from wherry.scheme import QTensor, Scheme
+
+ZERO = 7  # place of 0 among the 15 levels of e2m1
+
+
+def form(scheme: Scheme) -> str:
+    """Name of the layout."""
+    if scheme.nested or scheme.planes > 1 or scheme.kind == "codebook":
+        return "wherry"
+    if scheme.kind == "fp":
+        names = {"float8_e4m3fn": "nvfp4-pack-quantized", "e8m0": "mxfp4-pack-quantized"}
+        own = "float-quantized" if scheme.table == "e4m3" else "wherry"
+        return names.get(str(scheme.scale), own)
+    return "pack-quantized" if scheme.activations is None or scheme.bits < 8 else "int-quantized"
+
+
+def nibbles(code: torch.Tensor) -> torch.Tensor:
+    """Codes of e2m1 [n, k] as bytes [n, k / 2]: sign and magnitude, the even element low."""
+    place = code.to(torch.int16) + 8 - ZERO
+    half = torch.where(place >= 0, place, 8 - place).to(torch.uint8)
+    return half[:, ::2] | half[:, 1::2] << 4
+
+
+def from_nibbles(byte: torch.Tensor) -> torch.Tensor:
+    """The opposite; minus zero is zero."""
+    half = torch.stack([byte & 15, byte >> 4], -1).flatten(-2).to(torch.int16)
+    place = torch.where(half < 8, half, 8 - half)
+    return (place + ZERO - 8).to(torch.int8)
+
+
+def parts(q: QTensor) -> dict[str, torch.Tensor]:
+    """The tensors that hold q on disk, by their names after the layer's."""
+    scheme, kind = q.scheme, form(q.scheme)
+    exact = scheme.bits <= 4 and bool((q.scale == q.scale.half().float()).all())
+    scale = q.scale.to(torch.float16 if exact else torch.float32)
+    if scheme.nested:
+        return {"weight_blocks": kquant.pack(q)}
+    if kind == "float-quantized":
+        value = torch.tensor(levels(scheme.table))[q.code.long() - scheme.qmin]
+        return {"weight": value.to(torch.float8_e4m3fn), "weight_scale": scale}
+    if kind == "nvfp4-pack-quantized":
+        over = torch.exp2(torch.ceil(torch.log2(q.scale.amax() / 448.0)))
+        small = (q.scale / over).to(torch.float8_e4m3fn)
+        return {"weight_packed": nibbles(q.code), "weight_scale": small, "weight_global_scale": (1 / over).reshape(1)}
+    if kind == "mxfp4-pack-quantized":
+        exponent = (torch.log2(q.scale).round() + 127).to(torch.uint8)
+        return {"weight_packed": nibbles(q.code), "weight_scale": exponent}
+    out: dict[str, torch.Tensor] = {}
+    if q.activation_scale is not None and q.activation_zero is not None:
+        out = {"input_scale": q.activation_scale, "input_zero_point": q.activation_zero}
+    if kind == "int-quantized":
+        return {"weight": q.code, "weight_scale": scale} | out
+    bits = scheme.bits * scheme.planes
+    out |= {"weight_packed": pack(q.code, bits), "weight_scale": scale}
+    out["weight_shape"] = torch.tensor(q.shape, dtype=torch.int64)
+    if q.zero is not None:
+        out["weight_zero_point"] = pack(q.zero.T.contiguous(), bits).T.contiguous()
+    return out
+
+
+def whole(have: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
+    """The QTensor that `parts` took apart."""
+    kind = form(scheme)
+    if scheme.nested:
+        return kquant.unpack(have["weight_blocks"], scheme)
+    scale = have["weight_scale"]
+    if kind == "mxfp4-pack-quantized":
+        return QTensor(scheme, from_nibbles(have["weight_packed"]), torch.exp2(scale.float() - 127))
+    if kind == "nvfp4-pack-quantized":
+        return QTensor(scheme, from_nibbles(have["weight_packed"]), scale.float() / have["weight_global_scale"].float())
+    scale = scale.float()
+    if kind == "float-quantized":
+        from wherry.ops.grid import nearest
+
+        return QTensor(scheme, nearest(have["weight"].float(), scheme).to(torch.int8), scale)
+    extra = (have.get("input_scale"), have.get("input_zero_point"))
+    if kind == "int-quantized":
+        return QTensor(scheme, have["weight"], scale, None, *extra)
+    rows, k = have["weight_shape"].tolist()
+    bits, zero = scheme.bits * scheme.planes, None
+    if not scheme.symmetric:
+        zero = unpack(have["weight_zero_point"].T.contiguous(), bits, rows).T.contiguous()
+    return QTensor(scheme, unpack(have["weight_packed"], bits, k), scale, zero, *extra)
+
+
+def shape(name: str, found: tuple[int, ...], scheme: Scheme) -> tuple[int, ...]:
+    """Shape of the weight from that of its main part (weight, weight_packed as bytes, weight_blocks)."""
+    if name == "weight_blocks":
+        block = kquant.name_of(scheme)
+        assert block is not None
+        return (found[0], found[1] // kquant.BYTES[block] * kquant.SUPER)
+    return (found[0], found[1] * 2) if name == "weight_packed" else found

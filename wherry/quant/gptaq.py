@@ -1,0 +1,72 @@
+"""GPTAQ: GPTQ that also repairs what the compressed layers before have done to its input.
+
+Source: Li et al. 2025, arXiv:2504.02692 (asymmetric calibration), algorithm 1; grid, order and refit as in gptq.
+Idea:   minimise ||Q X - W X'||^2, X what the compressed model feeds, X' what the original fed. With dX = X' - X and
+        H^-1 = U^T U, rounding column j also asks the later columns for w_j P[j, j+1:],
+        P = triu(dX X^T U^T, 1) U: the part of W dX that they can still give.
+Shapes: w [n, k]; x, x_ref [tokens, k]; H, D = dX X^T, U, P [k, k].      n = outputs, k = inputs.
+Cost:   twice GPTQ's statistics, and one more product in the loop; each layer of a block is observed on its own.
+Fails:  as gptq.
+Differs: `alpha` scales the correction (1 is the paper). refit fits scales to the corrected target
+        W (H + D) H^-1, so that both pull the same way.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from wherry.errors import BadInput
+from wherry.ops import grid
+from wherry.ops.solve import columns, inverse_factor, refit_codes
+from wherry.recipe import Pass
+from wherry.scheme import QTensor
+
+
+class Pair(NamedTuple):
+    """Sums over tokens of x x^T and (x_ref - x) x^T [k, k] float32, and the number of tokens."""
+
+    total: torch.Tensor
+    drift: torch.Tensor
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTAQ(Pass):
+    """damp: added to diag(H), as a fraction of its mean. alpha: 0 is gptq, 1 the whole correction."""
+
+    damp: float = 0.01
+    alpha: float = 1.0
+    block: int = 128
+    refit: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damp < 10 or not 0 <= self.alpha <= 1 or self.block < 1:
+            raise BadInput(f"gptaq: damp={self.damp:g}, alpha={self.alpha:g}, block={self.block}: use 0.01, 0..1, 128")
+
+    def observe(self, stat: Pair | None, x: torch.Tensor, x_ref: torch.Tensor) -> Pair:
+        """Add the tokens x [tokens, k] and what the original had in their place."""
+        x, d = x.float(), x_ref.float() - x.float()
+        if stat is None:
+            return Pair(x.T @ x, d.T @ x, len(x))
+        return Pair(torch.addmm(stat.total, x.T, x), torch.addmm(stat.drift, d.T, x), stat.tokens + len(x))
+
+    def solve(self, w: torch.Tensor, stat: Pair | None = None, notes: list[str] | None = None) -> QTensor:
+        """Codes of w [n, k] that on the compressed inputs give what w gave on the original's."""
+        if stat is None:
+            raise BadInput("gptaq needs calibration statistics; rtn is the method without data")
+        W, k = w.float(), w.shape[-1]
+        H, D = (total / max(stat.tokens, 1) for total in (stat.total, self.alpha * stat.drift))
+        scale, zero = grid.search(W, self.scheme, self.rounding, H.diagonal())
+        order = torch.argsort(H.diagonal(), descending=True, stable=True)
+        U, damp = inverse_factor(H[order][:, order], self.damp)
+        if damp != self.damp and notes is not None:
+            notes.append(f"damping raised from {self.damp:g} to {damp:g}: the Hessian was not positive definite")
+        P = (D[order][:, order] @ U.T).triu(1) @ U
+        code = columns(W, U, scale, zero, self.scheme, order, self.block, P)
+        if self.refit:
+            H = H + damp * H.diagonal().mean() * torch.eye(k)
+            target = W + torch.linalg.solve(H, W @ D, left=False)
+            scale = refit_codes(target, code, self.scheme, H, scale, zero)
+            scale = scale if self.rounding is None else self.rounding(scale)
+        return QTensor(self.scheme, code.to(torch.int8), scale, zero)

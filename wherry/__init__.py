@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "inspect": "api", "compress": "api", "export": "api", "verify": "api", "evaluate": "api",
-    "compare": "api", "serve": "api", "chat": "api", "doctor": "api", "demo": "api", "plan": "api",
+    "compare": "api", "explain": "api", "serve": "api", "chat": "api", "doctor": "api", "demo": "api", "plan": "api",
     "Scheme": "scheme", "QTensor": "scheme", "Checkpoint": "checkpoint", "Task": "task",
     "Recipe": "recipe", "Pass": "recipe", "Plan": "recipe", "Artifact": "artifact",
     "Session": "session", "Score": "session", "Report": "report",

@@ -294,6 +294,22 @@ def evaluate(
     return judge.evaluate(model, data_file, runtime, progress, against, robustness, max_bad, most)
 
 
+def explain(
+    model: str | Path, given: str, against: str | Path | None = None, out: str | Path = "explain.png",
+    runtime: str = "auto", progress: Progress = quiet,
+) -> Report:  # fmt: skip
+    """Which parts of one input an answer rests on, as a picture; with `against`, before and after compression.
+
+    Args:
+        model: as for `evaluate`. against: the original; its answer is what is explained in both.
+        given: a text, "A || B" for a pair of sentences, or a file: of text, a picture, or a sound.
+        out: .png or .html. runtime: a name, or "auto".
+    """
+    from wherry.explain import explain as work
+
+    return work(model, given, against, Path(out), runtime, progress)
+
+
 def compare(
     a: str | Path, b: str | Path, data_file: str | Path | None = None, progress: Progress = quiet,
     max_bad: float = data.MAX_BAD,

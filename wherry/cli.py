@@ -14,6 +14,7 @@ from wherry import __version__, shelf
 from wherry.board import bar, err, grid, show, verdict
 from wherry.errors import Error
 from wherry.options import (
+    Against,
     ArtifactPath,
     DataFile,
     Json,
@@ -151,9 +152,7 @@ def evaluate(
     model: Model,
     data: DataFile = None,
     runtime: Runtime = "auto",
-    against: Annotated[
-        str | None, typer.Option(help="The original: measured too, with paired differences.", show_default=False)
-    ] = None,
+    against: Against = None,
     robustness: Annotated[
         bool, typer.Option("--robustness", help="Also under noise, blur, typos ..., and the latency of single calls.")
     ] = False,
@@ -167,6 +166,23 @@ def evaluate(
     with bar() as progress:
         report = api.evaluate(model, data, runtime, progress, against, robustness, max_bad, most)
     grid(report, json)
+
+
+@app.command()
+def explain(
+    model: Model,
+    given: Annotated[str, typer.Option("--input", help='A text, "A || B", or a file.', show_default=False)],
+    against: Against = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Picture to write: .png or .html.")] = Path("explain.png"),
+    runtime: Runtime = "auto",
+    json: Json = False,
+) -> None:
+    """Draw which parts of one input an answer rests on, before and after compression."""
+    from wherry import api
+
+    with bar() as progress:
+        report = api.explain(model, given, against, out, runtime, progress)
+    show(report, json)
 
 
 @app.command()

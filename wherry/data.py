@@ -7,6 +7,7 @@ from different sources, so that what is tuned on one text is judged on another.
 import hashlib
 import io
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -209,8 +210,8 @@ class Encoded(bytes):
 
 
 def _inside(folder: Path, name: str, place: str) -> Path:
-    found = folder / name
-    if not found.resolve().is_relative_to(folder.resolve()):
+    found = Path(os.path.normpath(folder / name))  # links that the user made may lead elsewhere; names may not
+    if not found.is_relative_to(os.path.normpath(folder)):
         raise BadInput(f"{place}: {name} is outside of {folder}: put the files beside or below the table")
     if not found.is_file():
         raise Missing(f"{place}: no such file: {found}")

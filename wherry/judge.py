@@ -131,7 +131,7 @@ def evaluate(
             return report.extend(field.measure(said, wanted, found.task, found.name))
         first = opened(against, runtime)
         try:
-            names = _names(against, model)
+            names = short_names(against, model)
             if robust:
                 models = {names[0]: (first.session, first.task), names[1]: (found.session, found.task)}
                 wanted = _wanted(first, source, progress)
@@ -173,7 +173,7 @@ def compare(
         second.session.close()
 
 
-def _names(a: str | Path, b: str | Path) -> tuple[str, str]:
+def short_names(a: str | Path, b: str | Path) -> tuple[str, str]:
     """Two short names for two paths, different ones."""
     first, second = Path(a).resolve(), Path(b).resolve()
     return (first.name, second.name) if first.name != second.name else (str(a), str(b))

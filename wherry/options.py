@@ -22,6 +22,9 @@ DataFile = Annotated[
         "--data", help="A table, text, .npy, .npz, video; a folder of pictures or sounds.", show_default=False
     ),
 ]
+Against = Annotated[
+    str | None, typer.Option("--against", help="The original, to compare with.", show_default=False)
+]
 MaxBad = Annotated[float, typer.Option("--max-bad", help="Share of pictures or sounds that may be undecodable.")]
 Runtime = Annotated[
     str, typer.Option("--runtime", help="A name of `wherry list runtimes`, or auto: the fastest, measured.")

@@ -290,3 +290,37 @@ def test_boxes_are_judged(tmp_path):
     report = run("evaluate", tmp_path / "m", "--data", tmp_path / "boxes.jsonl")
     assert report.get("map").value == pytest.approx(1)
     assert report.get("box f1").value == 1
+
+
+def test_explain_draws_both_models(tmp_path):
+    a, b, folder = colours(tmp_path / "a"), colours(tmp_path / "b", 0.2), pictures(tmp_path / "data", 3)
+    words = ("explain", b, "--against", a, "--input", folder / "red" / "0.png", "--runtime", "onnxruntime")
+    report = run(*words, "-o", tmp_path / "x.png")
+    drawn = np.asarray(Image.open(tmp_path / "x.png"))
+    assert drawn.shape[0] > 300
+    assert drawn.shape[1] > 900  # the input, two panels and their difference
+    assert drawn.std() > 10
+    assert report.get("answer", "a").value.startswith("red")
+    assert -1 <= report.get("agreement of reasons", "b").value <= 1
+    run(*words, "-o", tmp_path / "x.html")
+    page = (tmp_path / "x.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "answer, b" in page
+    same = run("explain", a, "--against", a, "--input", folder / "red" / "0.png", "-o", tmp_path / "y.png")
+    assert same.get("agreement of reasons").value == pytest.approx(1)
+
+
+def test_explain_refuses_before_it_works(tmp_path):
+    a, folder = colours(tmp_path / "a"), pictures(tmp_path / "data", 1)
+    good = folder / "red" / "0.png"
+    write_speller(tmp_path / "writer", "files")
+    for given, out, model, kind, what in (
+        (good, tmp_path / "x.gif", a, BadInput, r"ends with \.png or \.html"),
+        (good, tmp_path / "none" / "x.png", a, Missing, "no such folder"),
+        ("words", tmp_path / "x.png", a, Missing, "a picture or a sound"),
+        (a / "task.json", tmp_path / "x.png", a, BadInput, "not a picture"),
+        ("eins", tmp_path / "x.png", tmp_path / "writer", Unsupported, "no single score for translation"),
+    ):
+        with pytest.raises(kind, match=what):
+            api.explain(model, str(given), out=out)
+    assert not list(tmp_path.glob("x.*"))

@@ -73,12 +73,13 @@ def metrics(said: Sequence[np.ndarray], wanted: Sequence[np.ndarray], task: Task
     counts = np.zeros((5, len(said)))
     for i, (frames, spans) in enumerate(zip(said, wanted, strict=True)):
         told = frames[:, 0] >= threshold
+        true: np.ndarray
         if spans.ndim == 1:
             if len(spans) != len(told):
                 raise BadInput(f"clip {i} has {len(spans)} labels, the model gives {len(told)} frames")
-            true = spans.astype(bool)
+            true = spans > 0
         else:
-            true = ((frames[:, 1:] >= spans[:, 0]) & (frames[:, 1:] < spans[:, 1])).any(1)
+            true = np.any((frames[:, 1:] >= spans[:, 0]) & (frames[:, 1:] < spans[:, 1]), 1)
         counts[:, i] = (told & true).sum(), told.sum(), true.sum(), (told == true).sum(), len(told)
     note = f"{int(counts[4].sum())} frames, {int(counts[2].sum())} of speech, threshold {threshold:g}"
     return [*f1("frame", counts[:3], note), ratio("frame accuracy", counts[3], counts[4], note=note)]

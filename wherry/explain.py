@@ -52,7 +52,8 @@ def explain(
     heads = [f"before ({names[0]}): ", f"after ({names[1]}): "] if len(heats) == 2 else [""]
     panels = [(head + heat.answer, heat.heat) for head, (_, heat) in zip(heads, heats, strict=True)]
     title = " before and after compression" if len(heats) == 2 else ""
-    picture = attribution.draw(cut.shown, panels, f"What the answer rests on{title}", MEANING["cosine" if target is None else "log-probability"])
+    meaning = MEANING["cosine" if target is None else "log-probability"]
+    picture = attribution.draw(cut.shown, panels, f"What the answer rests on{title}", meaning)
     if out.suffix.lower() == ".png":
         write_atomic(out, picture)
     else:

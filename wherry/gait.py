@@ -4,6 +4,8 @@
 `observe(stat, x)` and `solve(w, stat)`: walked block by block; statistics of inputs, then codes.
 `observe(stat, x, x_ref)`: the same, layer after layer, with the original model's inputs beside.
 `observe` and `smooth(ws, stat) -> s`: before a solver; the inputs of ws are divided by s [k], ws multiplied.
+`rewrite(checkpoint) -> checkpoint`: before the plan; the same model with other weights.
+`recipe() -> text`: a name for other steps.
 `fit(call, latents, targets, notes)`: after a solver; the codes of one block learned together.
 `tune(loss, latents, free, batches, notes)`: after the last block; the whole model against the original's outputs.
 """

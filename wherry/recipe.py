@@ -53,6 +53,11 @@ def build(method: str, knobs: dict[str, Any]) -> Pass:
     return made
 
 
+def expand(step: Pass) -> tuple[Pass, ...]:
+    """The steps that a pass stands for: itself, or those of its recipe."""
+    return Recipe.parse(step.recipe()).steps if hasattr(step, "recipe") else (step,)
+
+
 def coerce(method: str, name: str, value: Any, kind: Any) -> Any:
     """A knob's value as the type that its field declares."""
     if kind is Scheme:
@@ -95,7 +100,7 @@ class Recipe:
         """
         if text.endswith((".yaml", ".yml")):
             return cls.from_yaml(Path(text))
-        steps = []
+        steps: list[Pass] = []
         for part in text.split("|"):
             method, _, rest = part.strip().partition(":")
             if not method:
@@ -106,7 +111,7 @@ class Recipe:
                 if not equals:
                     raise BadInput(f"recipe '{text}': '{item}' is not knob=value")
                 knobs[key.strip()] = value.strip()
-            steps.append(build(method.strip(), knobs))
+            steps += expand(build(method.strip(), knobs))
         return cls(tuple(steps))
 
     @classmethod
@@ -121,17 +126,17 @@ class Recipe:
         steps = data.get("recipe") if isinstance(data, dict) else data
         if not isinstance(steps, list) or not steps:
             raise BadInput(f"{path} holds no recipe: a list of METHOD: {{knob: value}} is wanted")
-        made = []
+        made: list[Pass] = []
         for step in steps:
             method, knobs = next(iter(step.items())) if isinstance(step, dict) and len(step) == 1 else (step, {})
             if not isinstance(method, str) or not isinstance(knobs or {}, dict):
                 raise BadInput(f"{path}: '{step}' is not METHOD: {{knob: value}}")
-            made.append(build(method, knobs or {}))
+            made += expand(build(method, knobs or {}))
         return cls(tuple(made))
 
     def to_yaml(self) -> str:
         """The recipe as YAML; `from_yaml` reads it back to an equal recipe."""
-        steps = []
+        steps: list[Pass] = []
         for step in self.steps:
             knobs: dict[str, Any] = {}
             for item in dataclasses.fields(step):
@@ -152,6 +157,8 @@ class Recipe:
 
     def plan(self, checkpoint: Checkpoint, formats: tuple[str, ...] = ()) -> "Plan":
         """Decide for every tensor, check it against every format, and raise what can be known to fail."""
+        for step in self.steps:
+            checkpoint = step.rewrite(checkpoint) if hasattr(step, "rewrite") else checkpoint
         plan = Plan(checkpoint, self, rows=[self._row(checkpoint, *item) for item in roles(checkpoint)])
         for step in self.steps:
             for pattern in (*step.targets, *step.ignore):

@@ -188,9 +188,8 @@ def _tensor(
         return
     if row.get("digest"):
         found["digest"].see("" if digest(v) == row["digest"] else f"{name} decodes to other weights")
-    w = None if original is None else np.asarray(original(name), dtype=np.float32)
-    if row.get("moved"):  # it took scales from its neighbours, or was tuned: only behaviour can judge it
-        w = None
+    moved = row.get("moved")  # it took scales from its neighbours, or was turned or tuned: only behaviour can judge it
+    w = None if original is None or moved else np.asarray(original(name), dtype=np.float32)
     scheme = _scheme(row)
     if scheme:
         found["quantized"].see(_name(name, weights.off_grid(v, scheme)))

@@ -28,7 +28,7 @@ class Rounding(Pass):
     """iters: steps of Adam. lr: of the codes, in code units. lr_scale: of the logarithms of scales."""
 
     iters: int = 200
-    lr: float = 0.01
+    lr: float = 0.005
     lr_scale: float = 0.002
 
     def __post_init__(self) -> None:

@@ -25,8 +25,8 @@ from wherry.recipe import Pass
 class Tune(Pass):
     """epochs: rounds of the windows. lr, lr_scale, lr_norm: rates of codes, scales, norms; 0 leaves them."""
 
-    epochs: int = 4
-    lr: float = 0.01
+    epochs: int = 8
+    lr: float = 0.001
     lr_scale: float = 0.002
     lr_norm: float = 0.001
 

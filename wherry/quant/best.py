@@ -1,0 +1,45 @@
+"""Best: the other methods in the order that measured best for a scheme, by how much time there is.
+
+Source: docs/log.md, "What best composes"; the parts are those of gptaq, rounding and tune.
+Idea:   low     gptaq                 codes column by column, drift repaired
+        medium  rounding              codes and scales learned block by block
+        high    rounding | tune       then scales, norms and codes against the original's outputs
+        Learned codes cannot be sums of planes, nor inputs of 8 bits: there it is gptaq at every effort.
+Shapes: those of its parts.
+Cost:   low about twice gptq; medium `iters` passes of every block over one batch; high 2 epochs of the whole model per
+        100 iters more, and 40 bytes of memory per parameter.
+Fails:  as its parts.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from wherry.errors import BadInput
+from wherry.gait import Pass
+
+EPOCHS = 0.04  # of tuning, per step of learning a block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best(Pass):
+    """effort: low, medium or high. iters: steps of learning per block; the time grows with it."""
+
+    effort: Literal["low", "medium", "high"] = "high"
+    iters: int = 200
+
+    def __post_init__(self) -> None:
+        if self.iters < 1:
+            raise BadInput(f"best: iters={self.iters} is not a number of steps; 200 is the usual one")
+
+    def recipe(self) -> str:
+        """The recipe that it stands for."""
+        common = f"scheme={self.scheme}" + ("" if self.portable else ",portable=false")
+        for knob, patterns in (("targets", self.targets), ("ignore", self.ignore)):
+            common += f",{knob}={';'.join(patterns)}" if patterns else ""
+        common += f",embedding={self.embedding}"
+        if self.effort == "low" or self.scheme.planes > 1 or self.scheme.activations is not None:
+            return f"gptaq:{common}"
+        learned = f"rounding:{common},iters={self.iters}"
+        if self.effort == "medium":
+            return learned
+        return f"{learned} | tune:epochs={max(1, round(EPOCHS * self.iters))}"

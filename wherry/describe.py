@@ -9,7 +9,7 @@ from wherry.choose import artifacts
 from wherry.prove import where
 from wherry.report import Report, write_atomic
 
-WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
+WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data", ".xml", ".bin", ".ort")
 
 
 def sizes(plan: Any, result: Path) -> Report:

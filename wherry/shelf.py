@@ -21,7 +21,7 @@ SHELVES = ("quant", "prune", "distill", "formats", "runtimes", "evaluate", "engi
 EXTRAS = {
     "torch": "torch", "transformers": "torch", "compressed_tensors": "torch", "accelerate": "torch",
     "gguf": "gguf", "xllamacpp": "gguf", "onnx": "onnx", "onnxruntime": "onnxruntime", "onnxscript": "onnx",
-    "onnxruntime_genai": "onnx", "onnx_ir": "onnx", "scipy": "eval", "matplotlib": "eval",
+    "onnxruntime_genai": "onnx", "openvino": "openvino", "onnx_ir": "onnx", "scipy": "eval", "matplotlib": "eval",
     "sklearn": "eval", "sacrebleu": "eval", "rouge_score": "eval", "jiwer": "eval", "seqeval": "eval",
     "pyarrow": "eval", "PIL": "vision", "av": "vision", "pycocotools": "vision", "soundfile": "audio",
     "captum": "explain",

@@ -138,6 +138,14 @@ def stored_at(node: ir.Node, i: int, value: ir.Value) -> tuple[ir.Value, ir.Valu
     return value, None, None
 
 
+def stored_shape(layer: "Layer", i: int) -> tuple[int, ...]:
+    """Shape of a recurrent weight as its node reads it, through the Reshape behind its codes."""
+    value = layer.node.inputs[i]
+    producer = value.producer() if value is not None else None
+    shape = tidy.constant(producer.inputs[1]) if producer is not None and producer.op_type == "Reshape" else None
+    return extents(layer.value) if shape is None else tuple(int(n) for n in shape)
+
+
 def constant(value: ir.Value | None) -> np.ndarray:
     """The array of an initializer that is there."""
     assert value is not None and value.const_value is not None  # noqa: PT018

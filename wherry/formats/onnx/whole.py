@@ -3,8 +3,8 @@
 Checks, each with its figure in the manifest; one that fails is a failed export:
     relative difference     outputs against the float graph's, on real inputs where there are any, at two batch sizes
     integer kernels         what ONNX Runtime really runs: planned in int8 must be run in int8
-    own arithmetic          the fused graph against the same file with no fusion, which follows the specification:
-                            a processor or kernel that saturates shows here
+    by the specification    the same for the file with nothing fused: a processor or kernel that saturates is
+                            farther from the float graph than this
 """
 
 import tempfile
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Batches = list[dict[str, np.ndarray]]
 DIFFERENCE_MOST = 0.7  # relative RMS: above it an output has little to do with the original's
-OWN_MOST = 0.05  # relative RMS between fused and unfused: ties that fall the other way
+OWN_MOST, OWN_FLOOR = 1.5, 0.02  # fused kernels may be so much farther off: ties fall the other way
 INTEGER = (
     "QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger",
     "ConvInteger", "ConvIntegerToFloat", "DynamicQuantizeLSTM",
@@ -103,7 +103,7 @@ def checks(path: Path, original: Path, batches: Batches, integer: int) -> list[d
     feeds = [*feeds, one] if same else feeds
     a, b, c = ([s.run(None, feed) for feed in feeds] for s in (source, fused, plain))
     far = max(difference(x, y) for x, y in zip(a, b, strict=True))
-    own = max(difference(x, y) for x, y in zip(c, b, strict=True))
+    said = max(difference(x, y) for x, y in zip(a, c, strict=True))
     kind = "real" if real else "random"
     what = f"float graph || ONNX Runtime, {len(feeds)} batches of {kind} inputs, one of a single row"
     if not far <= DIFFERENCE_MOST:
@@ -111,10 +111,10 @@ def checks(path: Path, original: Path, batches: Batches, integer: int) -> list[d
             f"{path.name} is {far:.3g} (relative RMS) from the original, above {DIFFERENCE_MOST}.\n"
             "Leave the most sensitive layers out with ignore=, or take another activation_observer."
         )
-    if not own <= OWN_MOST:
+    if not far <= OWN_MOST * said + OWN_FLOOR:
         raise Diverged(
-            f"{path.name}: this processor's integer kernels differ from the specification by {own:.3g} (relative RMS), "
-            f"above {OWN_MOST}.\nWithout VNNI sums of int8 products saturate in 16 bits: use 7-bit weights or W8A16."
+            f"{path.name}: on this processor's integer kernels it is {far:.3g} from the original, by the specification "
+            f"{said:.3g} (relative RMS).\nWithout VNNI sums of int8 products saturate in 16 bits: use 7-bit weights or W8A16."
         )
     found = {kind: nodes[kind] for kind in INTEGER if nodes[kind]}
     if sum(found.values()) < integer:
@@ -124,7 +124,10 @@ def checks(path: Path, original: Path, batches: Batches, integer: int) -> list[d
     listed = ", ".join(f"{count} {kind}" for kind, count in found.items()) or "none"
     left = sum(nodes[kind] for kind in ("Conv", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul"))
     out = [check("relative difference", far, "", DIFFERENCE_MOST, what)]
-    out.append(check("own arithmetic", own, "", OWN_MOST, "fused || unfused, the same inputs"))
+    limit = OWN_MOST * said + OWN_FLOOR
+    out.append(
+        check("relative difference by the specification", said, "", None, f"unfused; fused may be up to {limit:.3g}")
+    )
     out.append(
         check("integer products", sum(found.values()), "", integer, f"of the executed graph: {listed}; {left} in float")
     )

@@ -1,0 +1,79 @@
+"""OpenVINO on the CPU: graphs of the formats `openvino` and `onnx` that are run once, no language models. No torch.
+
+Idea:   it reads our ONNX files as they are, QuantizeLinear and DequantizeLinear included, and fuses them itself; which
+        layers really run in 8 bits is read from the compiled model and stands in the facts.
+Cost:   memory: the file once, and what OpenVINO repacks.
+"""
+
+import threading
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from wherry.artifact import Artifact
+from wherry.errors import BadInput
+from wherry.formats.openvino import compiled, executed
+from wherry.session import NoGenerate, Session
+
+
+def available() -> dict[str, str]:
+    """Version, and what the CPU plugin says it can compute with."""
+    able = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return {"openvino": ov.__version__, "isa": " ".join(sorted(able))}
+
+
+def accepts(artifact: Artifact) -> bool:
+    """Graphs that are run once. Sentence encoders of the `onnx` format hold operators of ONNX Runtime alone."""
+    if artifact.task.kind == "text-generation":
+        return False
+    return artifact.format == "openvino" or artifact.format == "onnx" and bool(artifact.manifest.get("graph"))
+
+
+def load(artifact: Artifact, device: str = "cpu", threads: int = 0) -> Session:
+    """Load an artifact.
+
+    Raises:
+        BadInput: another device. Corrupt: the file is damaged. Unsupported: an operator that OpenVINO lacks.
+    """
+    if device != "cpu":
+        raise BadInput(f"--device {device}: this version runs OpenVINO on the CPU; use cpu")
+    return OpenVINO(artifact, threads)
+
+
+class OpenVINO(NoGenerate):
+    """A compiled graph. Thread-safe: calls take turns."""
+
+    grade = "A"
+
+    def __init__(self, artifact: Artifact, threads: int) -> None:
+        self.path, self.lock = artifact.main, threading.Lock()
+        self.model: Any = compiled(artifact.main, threads)
+        self.request = self.model.create_infer_request()
+        found = executed(self.model)
+        self.facts = {
+            "runtime": "openvino", "version": ov.__version__, "build": ov.__version__, "isa": available()["isa"],
+            "threads": str(threads or "auto"), "device": "cpu", "format": artifact.format,
+            "layers": ", ".join(f"{count} {kind}" for kind, count in sorted(found.items())),
+        }  # fmt: skip
+
+    def predict(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Inputs by name to outputs by name, the first axis of each being the batch."""
+        with self.lock:
+            if self.model is None:
+                raise BadInput("this session is closed: load the artifact again")
+            try:
+                found = self.request.infer({name: np.ascontiguousarray(array) for name, array in inputs.items()})
+            except Exception as error:  # the wheel's kinds have no common base but Exception
+                shapes = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in inputs.items())
+                reason = " ".join(str(error).split())[:200]
+                raise BadInput(f"{self.path.name} does not take these inputs: {shapes}\n{reason}") from error
+            return {port.get_any_name(): np.array(found[port]) for port in self.model.outputs}
+
+    def close(self) -> None:
+        """Free the weights."""
+        with self.lock:
+            self.model = self.request = None
+
+
+__all__ = ["accepts", "available", "load"]

@@ -27,7 +27,12 @@ def load(folder: Path) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 
     config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None) is None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization and quantization.get("quant_method") == "wherry":  # what nobody else has words for: k-quants, NF4
+        from wherry.checkpoint import Checkpoint
+
+        return Checkpoint.open(folder).module()
+    if quantization is None:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     plain = CompressedTensorsConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=plain)

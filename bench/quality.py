@@ -1,4 +1,4 @@
-"""Perplexity and KL at equal bits: wherry's methods and llm-compressor's, same tokens in, same ruler out.
+"""Perplexity and KL at equal bits: wherry's methods and its peers', same tokens in, same ruler out.
 
     python bench/quality.py --model smollm2 --scheme W3A16_ASYM --seeds 5 --peer-python PEER/bin/python
     python bench/quality.py --table
@@ -6,7 +6,7 @@
 Every row is cached in bench/results/quality.json with its date and a hash of its inputs (weights, calibration ids,
 evaluation ids, options) and is measured again only with --refresh or when that hash has changed. Models and data:
 bench/reference.py (WHERRY_DATA must be set). The ruler: bench/measure.py. How to build the peer's environment:
-bench/peers/llm_compressor.py; without --peer-python its cached rows are used and the pip lines are printed.
+bench/peers/*.py; without --peer-python its cached rows are used and the pip lines are printed.
 """
 
 import argparse
@@ -32,12 +32,14 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "quality.json"
-CODE = ("quant/rtn.py", "quant/gptq.py", "ops/grid.py", "ops/solve.py", "engine/walk.py", "engine/stream.py")
-PEER = """The peer's rows need an environment of its own (about 1.5 GB):
+CODE = ("ops/grid.py", "ops/solve.py", "ops/latent.py", "engine/walk.py", "engine/stream.py", "engine/tune.py")
+DRIVERS = {"llm-compressor": "llm_compressor.py", "auto-round": "auto_round.py"}  # below bench/peers
+FREE = ("rtn", "hqq")  # methods that see no data
+PEER = """A peer's rows need an environment of its own (about 1.5 GB):
     python3.11 -m venv PEER && echo torch==2.13.0 > constraints.txt
     PEER/bin/pip install torch==2.13.0
-    PEER/bin/pip install llmcompressor==0.14.0.1 -c constraints.txt
-then: --peer-python PEER/bin/python"""
+    PEER/bin/pip install llmcompressor==0.14.0.1 -c constraints.txt      or: auto-round==0.16.1
+then: --peer-python PEER/bin/python, with --only for the rows of that peer"""
 Row = dict[str, Any]
 
 
@@ -60,6 +62,12 @@ ENTRIES = (
     Entry("wherry", "rtn"),
     Entry("wherry", "gptq", "portable=false"),
     Entry("wherry", "gptq"),
+    Entry("wherry", "gptaq"),
+    Entry("wherry", "awq"),
+    Entry("wherry", "hqq"),
+    Entry("wherry", "rounding"),
+    Entry("wherry", "best"),
+    Entry("auto-round", "rounding"),
     Entry("llm-compressor", "rtn"),
     Entry("llm-compressor", "gptq"),
 )
@@ -106,12 +114,13 @@ def run(name: str, schemes: list[str], size: int, entries: list[Entry], seeds: r
         calibration, evaluation = windows(name, folder, seed)
         for scheme in schemes:
             for entry in entries:
-                if entry.method == "rtn" and seed != seeds[0]:
+                free = entry.method in FREE
+                if free and seed != seeds[0]:
                     continue
-                used = calibration if entry.method != "rtn" else np.zeros(0)
+                used = np.zeros(0) if free else calibration
                 digest = fingerprint(folder / "model.safetensors", used, evaluation, entry.options)
                 key = {"model": name, "tool": entry.tool, "method": entry.method, "options": entry.options}
-                key |= {"scheme": scheme, "group_size": size, "seed": None if entry.method == "rtn" else seed}
+                key |= {"scheme": scheme, "group_size": size, "seed": None if free else seed}
                 if not a.refresh and any(matches(row, key) and row["inputs"] == digest for row in rows()):
                     continue
                 float_ = float_ or measure.reference(folder, evaluation)
@@ -134,9 +143,11 @@ def run(name: str, schemes: list[str], size: int, entries: list[Entry], seeds: r
 def wherry(entry: Entry, folder: Path, out: Path, scheme: str, size: int, tokens: Path) -> Row:
     """Make `out` from `folder` with wherry; returns what it took."""
     from wherry import api, data, deliver
+    from wherry.scheme import Scheme
 
     extra = "".join(f",{item}" for item in entry.options.split(",") if item)
-    recipe = f"{entry.method}:scheme={scheme},group_size={size},embedding=keep{extra}"
+    group = "" if Scheme.parse(scheme).fixed else f",group_size={size}"
+    recipe = f"{entry.method}:scheme={scheme}{group},embedding=keep{extra}"
     start, cpu = time.perf_counter(), time.process_time()
     plan, batches = api.plan(folder, recipe), []
     if plan.recipe.calibrated:
@@ -150,14 +161,14 @@ def wherry(entry: Entry, folder: Path, out: Path, scheme: str, size: int, tokens
 
 
 class Peer:
-    """llm-compressor in its own environment: started at its first job, then fed line by line."""
+    """A peer in its own environment: started at its first job, then fed line by line."""
 
     def __init__(self, python: str | None) -> None:
         self.python, self.process = python, None
 
     def compress(self, entry: Entry, folder: Path, out: Path, scheme: str, size: int, tokens: Path) -> Row:
         """Make `out` from `folder`; returns what it took."""
-        driver = HERE / "peers" / "llm_compressor.py"
+        driver = HERE / "peers" / DRIVERS[entry.tool]
         if self.process is None:
             words = ["nice", "-n", "5", str(self.python), "-W", "ignore", str(driver), "--serve"]
             quiet = {"stderr": subprocess.DEVNULL, "text": True, "bufsize": 1}

@@ -5,6 +5,7 @@
 `observe(stat, x, x_ref)`: the same, layer after layer, with the original model's inputs beside.
 `observe` and `smooth(ws, stat) -> s`: before a solver; the inputs of ws are divided by s [k], ws multiplied.
 `rewrite(checkpoint) -> checkpoint`: before the plan; the same model with other weights.
+`choices(scheme)` and `assign(cost, size, weights)`: before the walk; which scheme each weight gets.
 `recipe() -> text`: a name for other steps.
 `fit(call, latents, targets, notes)`: after a solver; the codes of one block learned together.
 `tune(loss, latents, free, batches, notes)`: after the last block; the whole model against the original's outputs.
@@ -14,16 +15,17 @@ import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 
 from wherry.errors import BadInput
 from wherry.ops import grid
 from wherry.scheme import PRESETS, QTensor, Scheme
+from wherry.shelf import suggest
 
 EMBEDDING = "W8A16,group_size=32"
-SEEING = ("observe", "smooth", "fit", "tune")
+SEEING = ("observe", "smooth", "fit", "tune", "assign")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,3 +99,28 @@ def matches(pattern: str, name: str) -> bool:
         except re.error as error:
             raise BadInput(f"'{pattern}' is not a regular expression: {error}") from error
     return pattern in (layer, name) or layer.endswith(f".{pattern}")
+
+
+def coerce(method: str, name: str, value: Any, kind: Any) -> Any:
+    """A knob's value as the type that its field declares."""
+    if kind is Scheme:
+        return Scheme.parse(str(value))
+    if kind is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if str(value).lower() in words:
+            return words[str(value).lower()]
+        raise BadInput(f"{method}: {name}={value} is not true or false")
+    if kind in (int, float):
+        try:
+            return kind(value)
+        except (ValueError, TypeError) as error:
+            raise BadInput(
+                f"{method}: {name}={value} is not {'a whole number' if kind is int else 'a number'}"
+            ) from error
+    if get_origin(kind) is Literal and str(value) not in get_args(kind):
+        raise BadInput(
+            f"{method}: {name}={value} is none of {', '.join(get_args(kind))}{suggest(str(value), get_args(kind))}"
+        )
+    if get_args(kind)[:1] == (str,):
+        return tuple(value) if isinstance(value, list | tuple) else tuple(str(value).split(";"))
+    return str(value)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 import yaml
@@ -23,6 +23,7 @@ from wherry import shelf
 from wherry.checkpoint import Checkpoint, stack
 from wherry.errors import BadInput
 from wherry.gait import Pass as Pass
+from wherry.gait import coerce
 from wherry.gait import matches as matches
 from wherry.scheme import PRESETS, Scheme, Tensor
 from wherry.shelf import suggest
@@ -56,31 +57,6 @@ def build(method: str, knobs: dict[str, Any]) -> Pass:
 def expand(step: Pass) -> tuple[Pass, ...]:
     """The steps that a pass stands for: itself, or those of its recipe."""
     return Recipe.parse(step.recipe()).steps if hasattr(step, "recipe") else (step,)
-
-
-def coerce(method: str, name: str, value: Any, kind: Any) -> Any:
-    """A knob's value as the type that its field declares."""
-    if kind is Scheme:
-        return Scheme.parse(str(value))
-    if kind is bool:
-        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if str(value).lower() in words:
-            return words[str(value).lower()]
-        raise BadInput(f"{method}: {name}={value} is not true or false")
-    if kind in (int, float):
-        try:
-            return kind(value)
-        except (ValueError, TypeError) as error:
-            raise BadInput(
-                f"{method}: {name}={value} is not {'a whole number' if kind is int else 'a number'}"
-            ) from error
-    if get_origin(kind) is Literal and str(value) not in get_args(kind):
-        raise BadInput(
-            f"{method}: {name}={value} is none of {', '.join(get_args(kind))}{suggest(str(value), get_args(kind))}"
-        )
-    if get_args(kind)[:1] == (str,):
-        return tuple(value) if isinstance(value, list | tuple) else tuple(str(value).split(";"))
-    return str(value)
 
 
 @dataclass(frozen=True)
@@ -136,7 +112,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe as YAML; `from_yaml` reads it back to an equal recipe."""
-        steps: list[Pass] = []
+        steps = []
         for step in self.steps:
             knobs: dict[str, Any] = {}
             for item in dataclasses.fields(step):
@@ -167,10 +143,13 @@ class Recipe:
                     raise BadInput(f"'{pattern}' matches no layer of {checkpoint.name}{suggest(pattern, layers)}")
         if checkpoint.graph is not None and checkpoint.graph.quantized:
             raise BadInput(f"{checkpoint.path} is quantized already; compress the float model that it was made from")
+        plan.trials()  # a group that fits no width is found here
         if not any(row.scheme for row in plan.rows):
             raise BadInput(f"the recipe '{self}' changes nothing in {checkpoint.name}")
         always = ("onnx",) if checkpoint.graph is not None else ()  # what a graph is written as
         for name in dict.fromkeys((*always, *formats)):
+            for trial in plan.trials():
+                shelf.find("formats", name).check(trial)
             for tensor, note in shelf.find("formats", name).check(plan).items():
                 plan.note(tensor, f"{name}: {note}")
         return plan
@@ -299,6 +278,28 @@ class Plan:
     def steps(self, gait: str, name: str) -> list[Pass]:
         """The passes that define `gait` and want the weight of that name, in order."""
         return [step for step in self.recipe.steps if hasattr(step, gait) and step.wants(name)]
+
+    def rounding(self, row: "PlanRow") -> Any:
+        """How the scales of a row's scheme are rounded by the step that takes it."""
+        assert row.scheme
+        return dataclasses.replace(self.recipe.steps[row.step], scheme=row.scheme).rounding
+
+    def trials(self) -> "list[Plan]":
+        """The plan with each scheme that an `assign` pass may choose, for a format to refuse before any work."""
+        found = []
+        for step in self.recipe.steps:
+            for i in range(len(getattr(step, "schemes", ())) if hasattr(step, "assign") else 0):
+                rows = [
+                    dataclasses.replace(row, scheme=step.choices(row.scheme)[i])  # type: ignore[attr-defined]
+                    if row.scheme and row.role == "linear" and step.wants(row.name)
+                    else row
+                    for row in self.rows
+                ]
+                for row in rows:
+                    if row.scheme:
+                        row.scheme.scales_per_row(row.shape[-1])
+                found.append(Plan(self.checkpoint, self.recipe, rows))
+        return found
 
     def note(self, name: str, text: str) -> None:
         """Add a remark to a tensor's row (an empty name: to the first row)."""

@@ -45,7 +45,7 @@ def run(
             moved = "moved" in facts[name]
             if isinstance(value, QTensor) and row.role == "linear" and step.wants(name):
                 start = value.decode() if moved else checkpoint.weight(name)
-                latents[place] = Latent(value, start, plan.recipe.steps[row.step].rounding)
+                latents[place] = Latent(value, start, plan.rounding(row))
             elif row.role == "norm" and step.wants(name):
                 free[place] = value.detach().float().clone().requires_grad_()
             else:

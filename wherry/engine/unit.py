@@ -75,7 +75,7 @@ def sound(name: str, tensor: torch.Tensor) -> torch.Tensor:
 def round_to_nearest(plan: Plan, row: PlanRow, w: torch.Tensor) -> QTensor:
     """Codes without data: for the embedding, the head, and whatever lies outside of the blocks."""
     assert row.scheme
-    rounding = grid.coarse if row.role != "linear" else plan.recipe.steps[row.step].rounding
+    rounding = grid.coarse if row.role != "linear" else plan.rounding(row)
     return grid.encode(w, row.scheme, *grid.fit(w, row.scheme, rounding))
 
 

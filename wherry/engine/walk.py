@@ -16,7 +16,7 @@ import torch
 
 from wherry import tensorfile
 from wherry.checkpoint import put
-from wherry.engine import stream, tune
+from wherry.engine import assign, stream, tune
 from wherry.engine.smooth import smooth
 from wherry.engine.unit import Unit, fact, original, round_to_nearest, sound, store, units
 from wherry.engine.watch import Watch, refers, watching, waves
@@ -78,6 +78,7 @@ def run(plan: Plan, journal: Journal, batches: list[Batch], progress: Progress) 
         if row.scheme:
             tensor = plan.checkpoint.tensor(row.name)
             sound(row.name, tensor.scale if isinstance(tensor, QTensor) else tensor)
+    assign.run(plan, journal, batches, progress)
     outside, *blocks = units(plan)
     total = len(blocks) + 1
     progress(0, total, "outside of the blocks")
@@ -211,7 +212,7 @@ def fit(
         if not names:
             continue
         latents = {
-            inner[n]: Latent(out.get(n, results[n]), weights[n], plan.recipe.steps[rows[n].step].rounding)
+            inner[n]: Latent(out.get(n, results[n]), weights[n], plan.rounding(rows[n]))
             for n in names
         }
 
@@ -235,9 +236,10 @@ def checked(x: torch.Tensor, unit: Unit) -> torch.Tensor:
 
 def solve(plan: Plan, row: PlanRow, w: torch.Tensor, watch: Watch, notes: list[str]) -> QTensor:
     """Codes of one weight, with the range of its input where the scheme wants it."""
-    step = plan.recipe.steps[row.step]
+    assert row.scheme
+    step = replace(plan.recipe.steps[row.step], scheme=row.scheme)
     if not hasattr(step, "observe"):
-        q = replace(step, scheme=row.scheme).solve(w)  # type: ignore[arg-type]
+        q = step.solve(w)
     elif row.name in watch.stats:
         q = step.solve(w, watch.stats[row.name], notes)
     else:

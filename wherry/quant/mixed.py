@@ -1,0 +1,57 @@
+"""Mixed: give each weight the scheme that costs least where it hurts least, under a budget of bits.
+
+Source: Dong et al. 2019 (HAWQ, arXiv:1905.03696) for sensitivity times squared error; Kim et al. 2023 (SqueezeLLM,
+    arXiv:2306.07629) for the diagonal Fisher information in its place.
+Idea:   near the trained weights the loss grows by 1/2 sum_i F_i d_i^2, with F_i = E[g_i^2] over gradients of the
+        log-likelihood of labels that the model itself draws, and d what rounding to a scheme does to the weight. Or
+        ("kl") round one weight alone and measure. Then an exact solver chooses (ops/allocate.py).
+Shapes: F, d [n, k]; cost [weights, schemes].
+Cost:   fisher: one backward pass over the windows, the model and its gradients in memory. kl: weights * schemes
+        forward passes over one batch.
+Fails:  BadInput when the smallest schemes do not fit the budget.
+Differs: rounding stands for whatever solver comes after.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from wherry.errors import BadInput
+from wherry.ops import grid
+from wherry.ops.allocate import allocate
+from wherry.recipe import Pass
+from wherry.scheme import Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixed(Pass):
+    """bits: most bits per weight over all weights that it wants, scales and zeros included. A solver must come after.
+
+    schemes: spellings to choose from, `;` between them; they take the group size of the solver's scheme.
+    """
+
+    schemes: tuple[str, ...] = ("W2A16", "W3A16", "W4A16", "W8A16")
+    bits: float = 3.5
+    sensitivity: Literal["fisher", "kl"] = "fisher"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.bits <= 32 or not self.schemes:
+            raise BadInput(f"mixed: bits={self.bits:g} is not a number of bits per weight; 3.5 is the default")
+        for text in self.schemes:
+            Scheme.parse(text)
+
+    def choices(self, scheme: Scheme) -> list[Scheme]:
+        """The schemes to choose from, in the groups of the solver's."""
+        found = [Scheme.parse(text) for text in self.schemes]
+        return [s if s.fixed or scheme.group_size is None else s.with_group(scheme.group_size) for s in found]
+
+    def rounded(self, w: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+        """The weight as plain rounding in searched ranges leaves it."""
+        rounding = grid.stored(scheme, grid.portable if self.portable else None)
+        return grid.encode(w, scheme, *grid.search(w, scheme, rounding)).decode()
+
+    def assign(self, cost: np.ndarray, size: np.ndarray, weights: int) -> np.ndarray:
+        """Index of the scheme for each weight; cost and size in bits [weights, schemes], `weights` in all."""
+        return allocate(cost, size, self.bits * weights)

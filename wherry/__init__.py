@@ -1,6 +1,6 @@
 """wherry: compress a trained model, prove it on the runtime that will run it, export it, serve it.
 
-The verbs (`inspect`, `compress`, `export`, `verify`, `evaluate`, `compare`, `serve`) and the nouns are
+The verbs (`inspect`, `capture`, `compress`, `export`, `verify`, `evaluate`, `compare`, `serve`) and the nouns are
 imported when they are first used, so that `import wherry` costs nothing and needs no optional wheel.
 """
 
@@ -11,7 +11,7 @@ from types import ModuleType
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "inspect": "api", "compress": "api", "export": "api", "verify": "api", "evaluate": "api",
+    "inspect": "api", "capture": "api", "compress": "api", "export": "api", "verify": "api", "evaluate": "api",
     "compare": "api", "explain": "api", "serve": "api", "chat": "api", "doctor": "api", "demo": "api", "plan": "api",
     "Scheme": "scheme", "QTensor": "scheme", "Checkpoint": "checkpoint", "Task": "task",
     "Recipe": "recipe", "Pass": "recipe", "Plan": "recipe", "Artifact": "artifact",

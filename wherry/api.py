@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from wherry import data, shelf
 from wherry.choose import able, artifacts, open_session
-from wherry.errors import BadInput, Error
+from wherry.errors import BadInput
 from wherry.report import Report
 
 Progress = Callable[[int, int, str], None]
@@ -46,46 +47,19 @@ def plan(model: str | Path, recipe: str | None = None, formats: tuple[str, ...] 
 
 def inspect(model: str | Path, target: str | None = None) -> Report:
     """Architecture, task, parameters, bytes, and how many tensors are stored in which way. Reads no weights."""
-    from wherry.checkpoint import Checkpoint
-    from wherry.recipe import roles
+    from wherry.describe import inspect as describe
 
-    checkpoint = Checkpoint.open(model)
-    report = Report(f"{checkpoint.name}")
-    config = checkpoint.config
-    report.add("architecture", "", (config.get("architectures") or [config.get("model_type", "?")])[0])
-    report.add("task", "", checkpoint.task.kind, note=f"judged by {', '.join(checkpoint.task.metrics)}")
-    report.add("license", "", checkpoint.license or "not stated")
-    report.add("parameters", "", checkpoint.params)
-    report.add("bytes", "", checkpoint.source.bytes(), "B")
-    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
-        if key in config:
-            report.add(key, "config.json", config[key])
-    kinds: dict[tuple[str, str], list[str]] = {}
-    for name, role, _ in roles(checkpoint):
-        stored = checkpoint.scheme(name) or str(checkpoint.source.dtype(name)).removeprefix("torch.")
-        kinds.setdefault((role, str(stored)), []).append(name)
-    for (role, stored), names in kinds.items():
-        count = sum(_count(checkpoint.shape(name)) for name in names)
-        report.add("tensors", role, len(names), note=f"{stored}, {count:,} parameters, {names[0]} ...")
-    if target:
-        from wherry.recipe import Plan, Recipe
-
-        module, packed = shelf.find("formats", target), any(checkpoint.scheme(name) for name in checkpoint.names())
-        made = Plan.of(checkpoint) if packed else Recipe.parse(default_recipe(checkpoint)).plan(checkpoint)
-        try:
-            notes = module.check(made)
-            what = checkpoint.recipe or "these schemes" if packed else made.recipe
-            report.add("target", target, True, note=f"can hold {what}; {len(notes)} notes")
-        except Error as error:
-            report.add("target", target, False, note=str(error))
-    return report
+    return describe(model, target, default_recipe)
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for extent in shape:
-        total *= extent
-    return total
+def capture(model: Any, out: str | Path, example_inputs: Any = None, **options: Any) -> Report:
+    """A torch module, or a transformers folder of a classifier or encoder, as a graph model: see capture.py."""
+    from wherry.capture import capture as draw
+    from wherry.capture import folder
+
+    if isinstance(model, str | Path) and example_inputs is None:
+        return folder(model, out)
+    return draw(model, out, example_inputs, **options)
 
 
 def dry_run(
@@ -142,7 +116,7 @@ def _prepare(
 
 
 def compress(
-    model: str | Path,
+    model: Any,
     out: str | Path,
     recipe: str | None = None,
     formats: tuple[str, ...] = (),
@@ -156,13 +130,15 @@ def compress(
     device: str = "cpu",
     progress: Progress = quiet,
     say: Say = silent,
+    example_inputs: Any = None,
 ) -> Report:
     """Compress a model into the folder `out`, which stock transformers loads; with formats, export and prove each.
 
     A killed run goes on where it was when it is called again with the same arguments.
 
     Args:
-        model: folder, .gguf file or hub id.
+        model: folder, .gguf or .onnx file, hub id, or a torch.nn.Module, which is captured first.
+        example_inputs: of a module: tensors by name or in order, batch 2 or more.
         out: folder to make; it must not exist.
         recipe: recipe string or YAML file; None = default_recipe, and `say` tells.
         formats: names on the formats shelf; each becomes a folder inside of `out`.
@@ -182,6 +158,13 @@ def compress(
     from wherry.describe import sizes, write
     from wherry.prove import prove_folder
 
+    if not isinstance(model, str | Path):
+        with TemporaryDirectory() as folder:
+            capture(model, graph := Path(folder) / type(model).__name__, example_inputs)
+            options = {"max_kl": max_kl, "max_ratio": max_ratio, "device": device, "progress": progress, "say": say}
+            return compress(
+                graph, out, recipe, formats, data_file, evaluation, samples, length, seed, **options  # type: ignore[arg-type]
+            )
     if device != "cpu":
         raise BadInput(f"--device {device}: this version compresses on the CPU; leave --device away")
     out = Path(out)

@@ -10,23 +10,25 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
-from wherry import __version__, shelf
-from wherry.board import bar, err, grid, show, verdict
+from wherry import __version__, judging, shelf
+from wherry.board import bar, err, show, verdict
 from wherry.errors import Error
 from wherry.options import (
-    Against,
     ArtifactPath,
     DataFile,
+    DryRun,
     Json,
-    MaxBad,
+    Length,
     MaxKl,
     MaxRatio,
     Model,
     Out,
     RecipeText,
     Runtime,
+    Samples,
+    Seed,
     Threads,
-)  # fmt: skip
+)  # fmt: skip  # fmt: skip
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -66,18 +68,18 @@ def compress(
     model: Model,
     out: Out,
     recipe: RecipeText = None,
-    format: Annotated[str, typer.Option(help="Also export: gguf, onnx; several joined by commas.")] = "",
+    format: Annotated[str, typer.Option(help="Also export: gguf, onnx, openvino; several joined by commas.")] = "",
     data: DataFile = None,
     evaluation: Annotated[
         Path | None, typer.Option(help="Data to judge on, apart from --data.", show_default=False)
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
-    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
-    seed: Annotated[int, typer.Option(help="How windows are drawn.")] = 0,
+    samples: Samples = 64,
+    length: Length = 512,
+    seed: Seed = 0,
     max_kl: MaxKl = 0.5,
     max_ratio: MaxRatio = 1.5,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the forecast; write nothing.")] = False,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Compress a model; with --format also export, reload, and measure each result against the original."""
@@ -111,6 +113,21 @@ def _lines(path: Path) -> None:
 
 
 @app.command()
+def capture(
+    model: Annotated[str, typer.Argument(help="package.module:function that makes a module, or a folder.")],
+    out: Out,
+    example: Annotated[Path | None, typer.Option(help="Inputs by name (.npz), batch 2 or more.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Safetensors for the module.")] = None,
+    script: Annotated[bool, typer.Option("--script", help="Let the TorchScript exporter try too.")] = False,
+    json: Json = False,
+) -> None:
+    """Draw a torch module as a graph model (ONNX), which every other verb takes; compared with the module at once."""
+    from wherry.capture import command
+
+    show(command(model, out, example, weights, script), json)
+
+
+@app.command()
 def export(
     checkpoint: Model,
     out: Out,
@@ -127,80 +144,7 @@ def export(
         _lines(out)
 
 
-@app.command()
-def verify(
-    artifact: ArtifactPath,
-    against: Annotated[
-        str | None, typer.Option(help="The original model, to compare with.", show_default=False)
-    ] = None,
-    data: DataFile = None,
-    runtime: Runtime = "auto",
-    max_kl: MaxKl = 0.5,
-    max_ratio: MaxRatio = 1.5,
-    json: Json = False,
-) -> None:
-    """Reload an artifact in the runtime that will run it, check and measure it: PASS or FAIL."""
-    from wherry import api
-
-    with bar() as progress:
-        report = api.verify(artifact, against, data, runtime, max_kl=max_kl, max_ratio=max_ratio, progress=progress)
-    verdict(report, json)
-
-
-@app.command()
-def evaluate(
-    model: Model,
-    data: DataFile = None,
-    runtime: Runtime = "auto",
-    against: Against = None,
-    robustness: Annotated[
-        bool, typer.Option("--robustness", help="Also under noise, blur, typos ..., and the latency of single calls.")
-    ] = False,
-    max_bad: MaxBad = 0.01,
-    most: Annotated[int, typer.Option(help="Judge on so many examples, drawn with a seed; 0 = all.", min=0)] = 0,
-    json: Json = False,
-) -> None:
-    """Measure quality on labelled data, by the metrics of the model's task, with intervals."""
-    from wherry import api
-
-    with bar() as progress:
-        report = api.evaluate(model, data, runtime, progress, against, robustness, max_bad, most)
-    grid(report, json)
-
-
-@app.command()
-def explain(
-    model: Model,
-    given: Annotated[str, typer.Option("--input", help='A text, "A || B", or a file.', show_default=False)],
-    against: Against = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Picture to write: .png or .html.")] = Path("explain.png"),
-    runtime: Runtime = "auto",
-    json: Json = False,
-) -> None:
-    """Draw which parts of one input an answer rests on, before and after compression."""
-    from wherry import api
-
-    with bar() as progress:
-        report = api.explain(model, given, against, out, runtime, progress)
-    show(report, json)
-
-
-@app.command()
-def compare(a: Model, b: Model, data: DataFile = None, max_bad: MaxBad = 0.01, json: Json = False) -> None:
-    """Measure two models or artifacts side by side on the same data."""
-    from wherry import api
-
-    with bar() as progress:
-        report = api.compare(a, b, data, progress, max_bad)
-    grid(report, json)
-
-
-@app.command()
-def measure(artifact: ArtifactPath, runtime: Runtime = "auto", threads: Threads = 0, json: Json = False) -> None:
-    """Time an artifact and read this process's peak memory."""
-    from wherry import api
-
-    show(api.measure(artifact, runtime, threads), json)
+app.add_typer(judging.app)  # verify, evaluate, explain, compare, measure
 
 
 @app.command()

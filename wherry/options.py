@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="A folder with config.json, a .gguf file, or a hub id.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(help="A folder with config.json or model.onnx, a .gguf or .onnx file, or a hub id.", show_default=False)
+]
 ArtifactPath = Annotated[Path, typer.Argument(help="A folder that wherry wrote, or a .gguf file.", show_default=False)]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to make; it must not exist.", show_default=False)]
 RecipeText = Annotated[
@@ -14,6 +16,10 @@ RecipeText = Annotated[
         "--recipe", help='"METHOD:knob=value,..." (several joined by " | "), or a YAML file.', show_default=False
     ),
 ]
+Samples = Annotated[int, typer.Option("--samples", help="Calibration windows or examples.")]
+Length = Annotated[int, typer.Option("--length", help="Tokens of a window.")]
+Seed = Annotated[int, typer.Option("--seed", help="How windows are drawn.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and the forecast; write nothing.")]
 MaxKl = Annotated[float, typer.Option("--max-kl", help="Fail beyond this KL from the original, in nats per token.")]
 MaxRatio = Annotated[float, typer.Option("--max-ratio", help="Fail beyond this perplexity, times the original's.")]
 DataFile = Annotated[

@@ -166,8 +166,8 @@ def executed(model: Any) -> dict[str, int]:
     """{"Convolution int8": 12, "FullyConnected f32": 1} of what the compiled model really runs."""
     out: dict[str, int] = {}
     for node in model.get_runtime_model().get_ops():
-        facts = {key: str(value.value if hasattr(value, "value") else value) for key, value in node.get_rt_info().items()
-                 if key in ("layerType", "primitiveType")}  # fmt: skip
+        info = node.get_rt_info()
+        facts = {key: str(getattr(info[key], "value", info[key])) for key in ("layerType", "primitiveType") if key in info}
         if facts.get("layerType") in PRODUCTS:
             how = facts.get("primitiveType", "").lower()
             name = f"{facts['layerType']} {'int8' if how.endswith(('_i8', '_u8')) else how.rsplit('_', 1)[-1]}"

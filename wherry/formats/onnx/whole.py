@@ -114,7 +114,7 @@ def checks(path: Path, original: Path, batches: Batches, integer: int) -> list[d
     if not far <= OWN_MOST * said + OWN_FLOOR:
         raise Diverged(
             f"{path.name}: on this processor's integer kernels it is {far:.3g} from the original, by the specification "
-            f"{said:.3g} (relative RMS).\nWithout VNNI sums of int8 products saturate in 16 bits: use 7-bit weights or W8A16."
+            f"{said:.3g} (relative RMS).\nWithout VNNI sums of int8 products saturate: use W8A16."
         )
     found = {kind: nodes[kind] for kind in INTEGER if nodes[kind]}
     if sum(found.values()) < integer:

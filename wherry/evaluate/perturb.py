@@ -25,6 +25,7 @@ BESIDE = {
     letter: [row[j] for j in (i - 1, i + 1) if 0 <= j < len(row)] for row in KEYS for i, letter in enumerate(row)
 }
 MP3_RATE = 16000
+MP3_DELAY = 1105  # samples that encoder and decoder put before the sound: 576 + 529
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _mp3(wave: np.ndarray, kilobits: int, rate: int) -> np.ndarray:
         bitrate_mode="CONSTANT", compression_level=level,
     )  # fmt: skip
     back, _ = soundfile.read(io.BytesIO(buffer.getvalue()), dtype="float32")
-    found = audio.resample(back, MP3_RATE, rate)[: len(wave)]
+    found = audio.resample(back[MP3_DELAY:], MP3_RATE, rate)[: len(wave)]
     return np.pad(found, (0, len(wave) - len(found)))
 
 

@@ -6,13 +6,14 @@ Source: Papineni et al. 2002 and Popovic 2015 by sacrebleu (its own tokenizer, 0
 Cost:   statistics of each example once; resamples are sums of them.
 """
 
+import contextlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import sacrebleu
-from rouge_score.rouge_scorer import RougeScorer
 
 from wherry.evaluate.metric import Metric, mean, share
 from wherry.evaluate.speech import plain
@@ -29,7 +30,7 @@ def say(session: Writer, task: Task, examples: Sequence[Any]) -> list[str]:
 def metrics(said: Sequence[str], wanted: Sequence[str], task: Task) -> list[Metric]:
     """BLEU, chrF, ROUGE-L, token F1, exact match."""
     short = max(len(text.split()) for text in wanted) < 4
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
+    scorer = rouge_scorer(["rouge1", "rouge2", "rougeL"])
     rouge = [scorer.score(target, answer) for answer, target in zip(said, wanted, strict=True)]
     return [
         _corpus("bleu", sacrebleu.BLEU(), said, wanted, "BLEU needs four words in a row: 0 here" if short else ""),
@@ -38,6 +39,13 @@ def metrics(said: Sequence[str], wanted: Sequence[str], task: Task) -> list[Metr
         mean("token f1", [token_f1(a, t) for a, t in zip(said, wanted, strict=True)]),
         share("exact match", np.array([a.strip() == t.strip() for a, t in zip(said, wanted, strict=True)])),
     ]
+
+
+def rouge_scorer(kinds: list[str]) -> Any:
+    """A RougeScorer. Its logging keeps, and later closes, the stderr that it finds: it is given the true one."""
+    with contextlib.redirect_stderr(sys.__stderr__):
+        from rouge_score.rouge_scorer import RougeScorer
+    return RougeScorer(kinds)
 
 
 def _corpus(name: str, scorer: Any, said: Sequence[str], wanted: Sequence[str], note: str) -> Metric:

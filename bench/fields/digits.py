@@ -1,4 +1,4 @@
-"""Spoken digits (FSDD, 8 kHz, 6 speakers, takes 0 to 9 of each digit) as waves of 16 kHz, and strings of them.
+"""Spoken digits (FSDD, 8 kHz, 6 speakers, ten takes of each digit) as waves of 16 kHz, and strings of them.
 
 Source: Jakobovski/free-spoken-digit-dataset, CC BY-SA 4.0. Takes 0 and 1 calibrate, takes 2 to 9 judge.
 """
@@ -25,14 +25,14 @@ def wave(digit: int, speaker: str, take: int) -> np.ndarray:
     return (loud * (0.5 / np.abs(loud).max())).astype(np.float32)
 
 
-def strings(part: str, length: int) -> list[tuple[np.ndarray, list[int]]]:
-    """Waves of `length` digits by one speaker each, every clip of the part once, and which digits they are.
+def strings(part: str, length: int, takes: int) -> list[tuple[np.ndarray, list[int]]]:
+    """Waves of `length` digits by one speaker each, the part's first takes once each, and which digits.
 
     Half a second of silence before and after, 0.2 to 0.4 s between, faint noise (-60 dB) throughout; seeded.
     """
     drawn, found = np.random.default_rng(0), []
     for speaker in SPEAKERS:
-        clips = [(digit, take) for digit in range(10) for take in TAKES[part]]
+        clips = [(digit, take) for digit in range(10) for take in TAKES[part][:takes]]
         order = drawn.permutation(len(clips))
         for start in range(0, len(clips), length):
             chosen = [clips[i] for i in order[start : start + length]]

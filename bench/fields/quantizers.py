@@ -8,6 +8,7 @@ NNCF: nncf.quantize on the ONNX graph with its defaults (preset mixed, fast bias
     where the graph is one; in an environment of its own (bench/peers/nncf_ptq.py).
 """
 
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -47,12 +48,12 @@ class Reader:
         return len(self.feeds)
 
 
-def quantize(name: str, graph: Path, task: dict[str, Any], feeds: list[Feeds], out: Path, python: str | None) -> None:
+def quantize(name: str, graph: Path, feeds: list[Feeds], out: Path, python: str | None) -> None:
     """Write out/GRAPH.onnx, int8, from the float graph by the named way. Errors of a tool are its own."""
     out.mkdir(parents=True, exist_ok=True)
     target = out / graph.name
     if name in WHERRY:
-        _wherry(WHERRY[name], graph, task, feeds, target)
+        _wherry(WHERRY[name], graph, feeds, target)
     elif name == NNCF:
         _nncf(graph, feeds, target, python)
     else:
@@ -63,13 +64,9 @@ def _onnxruntime(name: str, graph: Path, feeds: list[Feeds], target: Path) -> No
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    if name == DYNAMIC:  # it turns Gemm's weights and trips over the shapes that the exporter noted of them
-        import onnx
-
-        model = onnx.load(graph)
-        del model.graph.value_info[:]
+    if name == DYNAMIC:
         weights = quantization.QuantType.QInt8
-        quantization.quantize_dynamic(model, str(target), per_channel=True, weight_type=weights)
+        quantization.quantize_dynamic(str(graph), str(target), per_channel=True, weight_type=weights)
         return
     plain = target.with_suffix(".plain")
     quant_pre_process(str(graph), str(plain), skip_symbolic_shape=True)
@@ -98,11 +95,20 @@ def _nncf(graph: Path, feeds: list[Feeds], target: Path, python: str | None) -> 
     finally:
         data.unlink()
     if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "NNCF failed")
+        raise RuntimeError(" ".join(done.stderr.strip().splitlines()[-4:]) or "NNCF failed")
 
 
-def _wherry(recipe: str, graph: Path, task: dict[str, Any], feeds: list[Feeds], target: Path) -> None:
-    raise NotImplementedError("no graph models yet")
+def _wherry(recipe: str, graph: Path, feeds: list[Feeds], target: Path) -> None:
+    """As `wherry compress` does it, checks of the result included, from the same inputs as everyone's."""
+    import onnx
+
+    from wherry import api, deliver
+
+    plan, out = api.plan(graph, recipe), target.with_suffix(".wherry")
+    batches = feeds if plan.recipe.calibrated else []
+    deliver.deliver(plan, out, (), batches, {"data": graph.stem}, lambda result: None, api.quiet)
+    onnx.save(onnx.load(out / "model.onnx"), target)  # one file, also where its data lie beside it
+    shutil.rmtree(out)
 
 
 def timed(*job: Any) -> float:

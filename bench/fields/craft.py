@@ -19,7 +19,8 @@ from torch.nn import functional as F
 SIZE, PARTS = 224, {"calibration": (0, 16), "held_out": (16, 76)}
 TEXT, LINK, LOW, LEAST = 0.7, 0.4, 0.4, 10  # the authors' thresholds and least pixels of a word
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the picture
-# VGG-16: outputs of convolutions, "M" = halve; each slice ends after a batch norm, so the next begins with a ReLU
+# VGG-16: outputs of convolutions, "M" = halve. A slice ends after a batch norm, and "R" is the ReLU after it: the next
+# slice's first layer by its number, but in the authors' code it works in place, on what goes sideways too
 SLICES = (((64, 64, "M", 128, 128), 0), (("R", "M", 256, 256), 12), (("R", 256, "M", 512, 512), 19),
           (("R", 512, "M", 512, 512), 29))  # fmt: skip
 
@@ -31,7 +32,8 @@ def vgg(plan: tuple[int | str, ...], before: int, number: int) -> tuple[nn.Seque
         if part == "M":
             made: list[nn.Module] = [nn.MaxPool2d(2)]
         elif part == "R":
-            made = [nn.ReLU()]
+            number += 1
+            continue
         else:
             last -= 1
             made = [nn.Conv2d(before, int(part), 3, padding=1), nn.BatchNorm2d(int(part)), nn.ReLU()][
@@ -83,6 +85,7 @@ class Craft(nn.Module):
         levels = []
         for i in range(1, 5):
             x = getattr(self.basenet, f"slice{i}")(x)
+            x = F.relu(x) if i < 4 else x
             levels.append(x)
         y = self.upconv1(torch.cat([self.basenet.slice5(x), levels[3]], 1))
         for up, level in zip((self.upconv2, self.upconv3, self.upconv4), levels[2::-1], strict=True):

@@ -5,13 +5,14 @@ Data:   JPEG copies of CIFAR-10 (lossy: float accuracy is 0.80, not the 0.92 of 
         calibrate, 1000 test images judge.
 """
 
+import csv
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from field import Feeds, Field, Run, data_folder, export, write_task
-from PIL import Image
+from field import Feeds, Field, Run, data_folder, export, read_task, write_task
 from torch import nn
 from torch.nn import functional as F
 
@@ -63,10 +64,27 @@ def model() -> ResNet20:
     return network.eval()
 
 
-def pixels(images: list[Image.Image]) -> np.ndarray:
-    """Images to normalized float32 [n, 3, 32, 32]."""
-    stacked = np.stack([np.asarray(image.convert("RGB")) for image in images]) / 255
-    return np.ascontiguousarray(((stacked - MEAN) / STD).transpose(0, 3, 1, 2), dtype=np.float32)
+def write_pictures(folder: Path, found: list[tuple[bytes, str]]) -> None:
+    """JPEG files as they are, numbered, with labels.csv beside them."""
+    folder.mkdir()
+    lines = [["file", "label"]]
+    for number, (raw, label) in enumerate(found):
+        lines.append([f"{number:04}.jpg", label])
+        (folder / lines[-1][0]).write_bytes(raw)
+    with open(folder / "labels.csv", "w", encoding="utf8", newline="") as opened:
+        csv.writer(opened).writerows(lines)
+
+
+@cache
+def read_pictures(folder: Path) -> tuple[list[np.ndarray], list[int]]:
+    """Pictures prepared as the task says, float32 [1, 3, h, w] each, and the labels' numbers."""
+    from wherry import image
+
+    task = read_task(folder.parent)
+    with open(folder / "labels.csv", encoding="utf8", newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    pictures = [image.prepare([folder / row["file"]], task["processor"]) for row in rows]
+    return pictures, [task["labels"].index(row["label"]) for row in rows]
 
 
 def build(folder: Path) -> None:
@@ -78,11 +96,10 @@ def build(folder: Path) -> None:
     with zipfile.ZipFile(source / "train.zip") as train:
         names = sorted(name for name in train.namelist() if name.endswith(".jpg"))
         drawn = np.random.default_rng(0).choice(len(names), CALIBRATED, replace=False)
-        calibration = pixels([Image.open(train.open(names[i])) for i in drawn])
+        chosen = [(train.read(names[i]), Path(names[i]).parent.name) for i in drawn]
+    write_pictures(folder / "calibration", chosen)
     files = [file for label in labels for file in sorted((source / label).glob("*.jpg"))]
-    held_out = pixels([Image.open(file) for file in files])
-    np.savez(folder / "calibration.npz", pixel_values=calibration)
-    np.savez(folder / "held_out.npz", pixel_values=held_out, label=[labels.index(f.parent.name) for f in files])
+    write_pictures(folder / "held_out", [(file.read_bytes(), file.parent.name) for file in files])
     processor = {"size": [32, 32], "mean": MEAN, "std": STD, "scale": 1 / 255, "layout": "NCHW"}
     write_task(
         folder, "image-classification", inputs=["pixel_values"], outputs=["logits"], labels=labels, processor=processor,
@@ -92,20 +109,19 @@ def build(folder: Path) -> None:
 
 def calibration(folder: Path, run: Run) -> dict[str, list[Feeds]]:
     """One image each."""
-    return {"model": [{"pixel_values": image[None]} for image in np.load(folder / "calibration.npz")["pixel_values"]]}
+    return {"model": [{"pixel_values": picture} for picture in read_pictures(folder / "calibration")[0]]}
 
 
 def judge(folder: Path, run: Run) -> np.ndarray:
     """Hits [images, 1]: is the largest logit the label's?"""
-    held_out = np.load(folder / "held_out.npz")
-    images, labels = held_out["pixel_values"], held_out["label"]
-    answers = [run("model", {"pixel_values": image[None]})["logits"][0].argmax() for image in images]
+    pictures, labels = read_pictures(folder / "held_out")
+    answers = [run("model", {"pixel_values": picture})["logits"][0].argmax() for picture in pictures]
     return (np.array(answers) == labels)[:, None].astype(float)
 
 
 def example(folder: Path) -> dict[str, Feeds]:
     """One image."""
-    return {"model": {"pixel_values": np.load(folder / "calibration.npz")["pixel_values"][:1]}}
+    return {"model": {"pixel_values": read_pictures(folder / "calibration")[0][0]}}
 
 
 FIELD = Field(

@@ -30,6 +30,7 @@ import score
 from engines import ENGINES, available, load
 from field import Feeds, Field, Run
 from table import show
+from work import multiplications
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "fields.json"
@@ -54,6 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=20, help="clock budget per model, engine and count of threads")
+    parser.add_argument("--peak", type=float, help="int8 operations of one core in 1e9/s: adds a column, share of it")
     parser.add_argument("--refresh", action="store_true", help="quantize and judge again what is cached")
     parser.add_argument("--table", action="store_true", help="only print what is cached")
     return parser.parse_args()
@@ -73,7 +75,7 @@ def main() -> None:
             quality(field, folder, a)
         if not a.no_clock:
             time(field, folder, a)
-    show(rows(), a.model)
+    show(rows(), a.model, a.peak)
 
 
 def place(field: Field, cache: Path, variant: str) -> Path:
@@ -155,6 +157,7 @@ def make(variant: str, field: Field, folder: Path, feeds: dict[str, list[Feeds]]
 def time(field: Field, folder: Path, a: argparse.Namespace) -> None:
     """All variants of the cache in turn, per engine and count of threads; the figures go into their rows."""
     example, started = field.example(folder), now()
+    products = sum(multiplications(folder / f"{part}.onnx", feeds) for part, feeds in example.items())
     for engine in a.engines:
         kept = [row for row in rows() if matches(row, {"model": field.name, "engine": engine}) and "error" not in row]
         made = [row["variant"] for row in kept if place(field, a.cache, row["variant"]).exists()]
@@ -167,7 +170,7 @@ def time(field: Field, folder: Path, a: argparse.Namespace) -> None:
                 row = next(row for row in rows() if matches(row, key))
                 medians = [round(float(value) * 1000, 4) for value in np.median(taken, axis=1)]
                 figures = {"clock": started, "rounds_ms": medians, "runs": int(taken.size), **clock.latency(taken)}
-                keep(row | {f"threads_{threads}": figures})
+                keep(row | {f"threads_{threads}": figures, "multiplications": products})
 
 
 def once(run: Run, example: dict[str, Feeds]) -> None:

@@ -9,16 +9,18 @@ TITLES = ("", "quality (95%)", "loss (95%, paired)", "MB", "smaller", "p50 / p99
 Row = dict[str, Any]
 
 
-def show(rows: list[Row], models: list[str]) -> None:
-    """Print the tables of the named models, or of all."""
+def show(rows: list[Row], models: list[str], peak: float | None = None) -> None:
+    """Print the tables of the named models, or of all; peak: int8 operations of one core in 1e9/s."""
     for model, engine in dict.fromkeys((row["model"], row["engine"]) for row in rows):
         if models and model not in models:
             continue
         mine = [row for row in rows if (row["model"], row["engine"]) == (model, engine)]
         print(f"\n**{model}** on {engine}, {mine[0].get('statistic', '')}\n")
-        print("| " + " | ".join(TITLES) + " |\n|" + "-|" * len(TITLES))
+        titles = (*TITLES, "of int8 peak, 1 thread") if peak else TITLES
+        print("| " + " | ".join(titles) + " |\n|" + "-|" * len(titles))
         for row in mine:
-            print("| " + " | ".join(_cells(row, mine, rows)) + " |")
+            share = [_share(row, peak)] if peak else []
+            print("| " + " | ".join([*_cells(row, mine, rows), *share]) + " |")
 
 
 def _cells(row: Row, mine: list[Row], rows: list[Row]) -> list[str]:
@@ -36,6 +38,13 @@ def _cells(row: Row, mine: list[Row], rows: list[Row]) -> list[str]:
         cells.append(_ratio(row, [r for r in mine if r["variant"] == FLOAT], threads))
         cells.append(_ratio(row, _best_own(mine, threads), threads) if row["variant"].startswith("wherry") else "")
     return cells
+
+
+def _share(row: Row, peak: float) -> str:
+    """Two operations for each multiplication of a convolution or matrix product, by the median latency."""
+    if "threads_1" not in row:
+        return ""
+    return f"{2 * row['multiplications'] / (row['threads_1']['p50_ms'] * 1e6) / peak:.0%}"
 
 
 def _interval(row: Row, name: str) -> str:

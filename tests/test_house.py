@@ -20,12 +20,12 @@ FLOORS = {
     "scheme": 1, "levels": 1, "report": 1, "ops": 1, "tensorfile": 1, "locate": 1, "image": 1, "audio": 1,
     "table": 1, "label": 1,
     "checkpoint": 2, "artifact": 2, "task": 2,
-    "gait": 3, "recipe": 3, "session": 3, "writer": 3, "data": 3, "journal": 3,
+    "gait": 3, "graph": 3, "recipe": 3, "session": 3, "writer": 3, "data": 3, "journal": 3,
     "quant": 4, "formats": 4,
     "engine": 5, "runtimes": 5,
     "serve": 6, "evaluate": 6, "page": 6, "card": 6,
     "board": 7, "options": 7, "choose": 7, "prove": 7, "deliver": 7, "describe": 7, "doctor": 7, "judge": 7,
-    "explain": 7, "api": 7,
+    "explain": 7, "capture": 7, "judging": 8, "api": 7,
     "demo": 8, "cli": 8, "__main__": 8,
 }  # fmt: skip
 SHELVES = ("quant", "formats", "runtimes")  # their entries never import one another

@@ -181,7 +181,7 @@ def rename(graph: Any, axes: dict[str, dict[int, str]]) -> None:
 
 def compare(module: torch.nn.Module, named: dict[str, torch.Tensor], file: Path) -> float:
     """Relative RMS between the module and the reloaded file, at the example's batch and at half or twice of it."""
-    from wherry.formats.onnx.whole import difference, session
+    from wherry.graph.whole import difference, session
 
     runtime, worst = session(file), 0.0
     batch = len(next(iter(named.values())))
@@ -274,7 +274,8 @@ def folder(path: str | Path, out: str | Path) -> Report:
         task, module = checkpoint.task, checkpoint.module()
         inputs = {name: torch.from_numpy(array) for name, array in task.batch(task.examples()).items()}
         return capture(First(module, "last_hidden_state"), out, inputs, task, sequence(inputs), ["last_hidden_state"])
-    labels = tuple(config.id2label[i] for i in sorted(config.id2label))
+    names_of = dict(config.id2label or {})
+    labels = tuple(names_of[i] for i in sorted(names_of))
     if kind == "image-classification":
         task = Task(kind, path, inputs=("pixel_values",), labels=labels, processor=pictures(path, config))
         size = task.processor["size"]
@@ -313,7 +314,7 @@ class First(torch.nn.Module):
     def __init__(self, model: torch.nn.Module, name: str) -> None:
         super().__init__()
         self.model, self.name = model, name
-        self.forward = self._with(list(inspect.signature(model.forward).parameters))  # type: ignore[method-assign]
+        self.forward = self._with(list(inspect.signature(model.forward).parameters))
 
     def _with(self, names: list[str]) -> Callable[..., torch.Tensor]:
         def forward(**inputs: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wherry.board import bar, show, verdict
+from wherry.board import bar, grid, show, verdict
 from wherry.options import (
     Against,
     ArtifactPath,

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 Model = Annotated[
-    str, typer.Argument(help="A folder with config.json or model.onnx, a .gguf or .onnx file, or a hub id.", show_default=False)
+    str,
+    typer.Argument(help="A folder with config.json or model.onnx, a .gguf or .onnx file, hub id.", show_default=False),
 ]
 ArtifactPath = Annotated[Path, typer.Argument(help="A folder that wherry wrote, or a .gguf file.", show_default=False)]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to make; it must not exist.", show_default=False)]

@@ -21,7 +21,9 @@ from wherry import data, deliver, shelf
 from wherry.artifact import Artifact
 from wherry.checkpoint import Checkpoint
 from wherry.errors import BadInput, Corrupt, Diverged, Missing, Unsupported
-from wherry.formats.onnx import blocks, foreign, graph, legal, proof
+from wherry.formats.onnx import legal, proof
+from wherry.graph import blocks, foreign
+from wherry.graph import edit as graph
 from wherry.ops import grid
 from wherry.recipe import Recipe
 from wherry.scheme import QTensor, Scheme

@@ -53,7 +53,7 @@ def save(checkpoint: "Checkpoint", out: Path, progress: "Progress", half: bool =
 
     from wherry import __version__
     from wherry.checkpoint import SIDE_FILES
-    from wherry.formats.onnx import whole
+    from wherry.graph import whole
 
     progress(0, 2, "convert")
     try:
@@ -89,8 +89,7 @@ def converted(checkpoint: "Checkpoint", out: Path) -> Any:
     """The graph in OpenVINO's memory; recurrent weights as floats."""
     import openvino as ov
 
-    from wherry.formats.onnx import graph as edit
-    from wherry.formats.onnx import source, tidy
+    from wherry.graph import edit, source, tidy
 
     recurrent = {n: layer for n, layer in checkpoint.graph.layers.items() if layer.role == "recurrent" and layer.scales}
     if not recurrent:
@@ -114,8 +113,8 @@ def converted(checkpoint: "Checkpoint", out: Path) -> Any:
 
 def checks(artifact: Artifact, checkpoint: "Checkpoint", half: bool) -> list[dict[str, Any]]:
     """Reload, run at two batch sizes, compare with ONNX Runtime; count layers by how they execute."""
-    from wherry.formats.onnx import whole
-    from wherry.formats.onnx.proof import check as entry
+    from wherry.graph import whole
+    from wherry.graph.whole import check as entry
 
     core = compiled(artifact.main)
     source = whole.session(checkpoint.graph.path)
@@ -167,7 +166,8 @@ def executed(model: Any) -> dict[str, int]:
     out: dict[str, int] = {}
     for node in model.get_runtime_model().get_ops():
         info = node.get_rt_info()
-        facts = {key: str(getattr(info[key], "value", info[key])) for key in ("layerType", "primitiveType") if key in info}
+        keys = [key for key in ("layerType", "primitiveType") if key in info]
+        facts = {key: str(getattr(info[key], "value", info[key])) for key in keys}
         if facts.get("layerType") in PRODUCTS:
             how = facts.get("primitiveType", "").lower()
             name = f"{facts['layerType']} {'int8' if how.endswith(('_i8', '_u8')) else how.rsplit('_', 1)[-1]}"

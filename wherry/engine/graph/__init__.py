@@ -24,9 +24,8 @@ from wherry.checkpoint import SIDE_FILES
 from wherry.engine.graph import bias, draw, observe
 from wherry.engine.graph.place import Places, place
 from wherry.engine.unit import fact
-from wherry.formats.onnx import graph as edit
-from wherry.formats.onnx import tidy, whole
-from wherry.formats.onnx.source import Graph, Layer, constant, extents, read
+from wherry.graph import edit, tidy, whole
+from wherry.graph.source import Graph, Layer, constant, extents, read
 from wherry.ops import grid
 from wherry.recipe import Pass, Plan, PlanRow
 from wherry.scheme import Group, QTensor

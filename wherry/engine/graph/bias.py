@@ -13,8 +13,8 @@ import onnx_ir as ir
 import torch
 
 from wherry.engine.graph import observe
-from wherry.formats.onnx import tidy
-from wherry.formats.onnx.source import Graph
+from wherry.graph import tidy
+from wherry.graph.source import Graph
 from wherry.scheme import QTensor
 
 

@@ -14,10 +14,9 @@ import numpy as np
 import onnx_ir as ir
 
 from wherry.engine.graph.place import Places
-from wherry.formats.onnx import graph as edit
-from wherry.formats.onnx import tidy
-from wherry.formats.onnx.blocks import blocks
-from wherry.formats.onnx.source import Layer, extents
+from wherry.graph import edit, tidy
+from wherry.graph.blocks import blocks
+from wherry.graph.source import Layer, extents
 from wherry.scheme import Group, QTensor
 
 BIAS_MOST = 2.0**30

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from wherry.formats.onnx import tidy
+from wherry.graph import tidy
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 MIXES = ("Add", "Mul", "Sub", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu")

@@ -88,7 +88,7 @@ def save(
 def load(path: Path) -> "Checkpoint":
     """Open an .onnx file, or the folder that holds model.onnx, as a Checkpoint with a `graph`. See source.py."""
     packages("")
-    from wherry.formats.onnx import source
+    from wherry.graph import source
 
     return source.load(path)
 
@@ -108,10 +108,10 @@ def side_files(checkpoint: "Checkpoint", out: Path) -> None:
 
 def decode(artifact: Artifact) -> Iterator[tuple[str, Any]]:
     """Every weight as (Hugging Face name, float32 [n, k]); codes are decoded by ONNX Runtime's own operators."""
-    from wherry.formats.onnx import foreign
+    from wherry.graph import foreign
 
     if artifact.manifest.get("graph"):
-        from wherry.formats.onnx import whole
+        from wherry.graph import whole
 
         return whole.decode(artifact)
     return foreign.decode(artifact.main)

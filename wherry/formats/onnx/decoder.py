@@ -22,9 +22,9 @@ import torch
 
 from wherry.checkpoint import Checkpoint, put
 from wherry.errors import Unsupported
-from wherry.formats.onnx import graph as edit
-from wherry.formats.onnx.blocks import Blocks, blocks
 from wherry.formats.onnx.legal import architecture, integer
+from wherry.graph import edit
+from wherry.graph.blocks import Blocks, blocks
 from wherry.scheme import QTensor
 
 LAST = "logits_from"  # optional input: the first position whose logits are wanted; runtimes that prefill send -1

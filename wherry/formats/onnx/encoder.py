@@ -21,9 +21,9 @@ import torch
 
 from wherry.checkpoint import Checkpoint, put
 from wherry.errors import Unsupported
-from wherry.formats.onnx import graph as edit
-from wherry.formats.onnx.blocks import Blocks, blocks, pack
 from wherry.formats.onnx.decoder import quiet
+from wherry.graph import edit
+from wherry.graph.blocks import Blocks, blocks, pack
 from wherry.scheme import QTensor
 from wherry.task import Task
 

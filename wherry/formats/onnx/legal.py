@@ -1,7 +1,7 @@
 """What a plan may ask of ONNX Runtime on a CPU: found before any work, with the nearest that works."""
 
 from wherry.errors import Unsupported
-from wherry.formats.onnx.blocks import block_size, container
+from wherry.graph.blocks import block_size, container
 from wherry.recipe import Plan, PlanRow
 from wherry.scheme import Row, Scheme, Tensor, Token
 

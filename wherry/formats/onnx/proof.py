@@ -14,8 +14,9 @@ import torch
 
 from wherry.checkpoint import Checkpoint
 from wherry.errors import Corrupt, Diverged
-from wherry.formats.onnx import graph as edit
 from wherry.formats.onnx.encoder import Pooled
+from wherry.graph import edit
+from wherry.graph.whole import check
 from wherry.scheme import QTensor
 
 LIMITS = {True: {"kl": 1e-3, "cosine": 1e-4}, False: {"kl": 5e-2, "cosine": 1e-2}}  # by `exact`
@@ -24,12 +25,6 @@ LARGE = 4096  # values; a float tensor above it must be a weight that the plan l
 FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
 UNUSED = ("pooler.", "position_ids", "rotary_emb.inv_freq")
 CACHES = {"cos_cache", "sin_cache"}  # rotary positions, drawn by the builder
-
-
-def check(what: str, value: float, unit: str, limit: float | None, note: str) -> dict[str, Any]:
-    """One entry of the manifest."""
-    entry = {"what": what, "value": value, "unit": unit, "limit": limit, "note": note}
-    return {k: v for k, v in entry.items() if v is not None}
 
 
 def holds(checkpoint: Checkpoint, path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -22,7 +22,7 @@ import torch
 from wherry.artifact import MANIFEST, Artifact
 from wherry.checkpoint import Checkpoint
 from wherry.errors import Corrupt, Missing, Unsupported
-from wherry.formats.onnx import tidy
+from wherry.graph import tidy
 from wherry.locate import license_of
 from wherry.report import read_object
 from wherry.scheme import Group, QTensor, Row, Scheme

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from wherry.formats.onnx.blocks import Blocks, pack
+from wherry.graph.blocks import Blocks, pack
 
 MICROSOFT = "com.microsoft"
 INLINE_BYTES = 1024  # smaller tensors stay in the model file: shape inference reads them

@@ -18,8 +18,7 @@ import onnx
 
 from wherry.artifact import Artifact
 from wherry.errors import Diverged
-from wherry.formats.onnx import foreign
-from wherry.formats.onnx.proof import check
+from wherry.graph import foreign
 
 if TYPE_CHECKING:
     from wherry.checkpoint import Checkpoint
@@ -32,6 +31,12 @@ INTEGER = (
     "ConvInteger", "ConvIntegerToFloat", "DynamicQuantizeLSTM",
 )  # fmt: skip
 CHECKED = 4  # batches that are run
+
+
+def check(what: str, value: float, unit: str, limit: float | None, note: str) -> dict[str, Any]:
+    """One entry of the manifest."""
+    entry = {"what": what, "value": value, "unit": unit, "limit": limit, "note": note}
+    return {k: v for k, v in entry.items() if v is not None}
 
 
 def manifest(checkpoint: "Checkpoint", plan: list[dict[str, Any]], checks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -136,7 +141,7 @@ def checks(path: Path, original: Path, batches: Batches, integer: int) -> list[d
 
 def decode(artifact: Artifact) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the plan in float32 as [n, k], its codes decoded by ONNX Runtime's own operators."""
-    from wherry.formats.onnx.source import load
+    from wherry.graph.source import load
 
     graph = load(artifact.main).graph
     for row in artifact.manifest["plan"]:

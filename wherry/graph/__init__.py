@@ -1,0 +1,1 @@
+"""Graph models: an ONNX file as a checkpoint, made plain, edited, checked; what several formats and an engine share."""

@@ -33,7 +33,7 @@ from rich.table import Table
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "quality.json"
 CODE = ("ops/grid.py", "ops/solve.py", "ops/latent.py", "engine/walk.py", "engine/stream.py", "engine/tune.py")
-DRIVERS = {"llm-compressor": "llm_compressor.py", "auto-round": "auto_round.py"}  # below bench/peers
+DRIVERS = {"llm-compressor": "llm_compressor.py", "auto-round": "autoround.py"}  # below bench/peers
 FREE = ("rtn", "hqq")  # methods that see no data
 PEER = """A peer's rows need an environment of its own (about 1.5 GB):
     python3.11 -m venv PEER && echo torch==2.13.0 > constraints.txt
@@ -68,6 +68,8 @@ ENTRIES = (
     Entry("wherry", "rounding"),
     Entry("wherry", "best"),
     Entry("auto-round", "rounding"),
+    Entry("llama.cpp", "quantize"),
+    Entry("llama.cpp", "quantize", "imatrix=true"),
     Entry("llm-compressor", "rtn"),
     Entry("llm-compressor", "gptq"),
 )
@@ -95,9 +97,9 @@ def main() -> None:
     if not a.table and not a.model:
         raise SystemExit("say --model, or --table to print the cached rows")
     entries = [Entry(*label.split(" ", 2)) for label in a.only] if a.only else list(ENTRIES)
-    if not a.table and not a.peer_python and any(entry.tool != "wherry" for entry in entries):
+    if not a.table and not a.peer_python and any(entry.tool in DRIVERS for entry in entries):
         print(PEER, file=sys.stderr)
-        entries = [entry for entry in entries if entry.tool == "wherry"]
+        entries = [entry for entry in entries if entry.tool not in DRIVERS]
     for name in [] if a.table else a.model:
         size = a.group_size or MODELS[name].group_size
         run(name, a.scheme, size, entries, range(a.first_seed, a.first_seed + a.seeds), a)
@@ -114,6 +116,8 @@ def run(name: str, schemes: list[str], size: int, entries: list[Entry], seeds: r
         calibration, evaluation = windows(name, folder, seed)
         for scheme in schemes:
             for entry in entries:
+                if entry.tool == "llama.cpp" and "_K" not in scheme:
+                    continue
                 free = entry.method in FREE
                 if free and seed != seeds[0]:
                     continue
@@ -127,7 +131,8 @@ def run(name: str, schemes: list[str], size: int, entries: list[Entry], seeds: r
                 out = a.cache / f"out-{os.getpid()}"
                 np.save(out.with_suffix(".npy"), calibration)
                 job = (entry, folder, out, scheme, size, out.with_suffix(".npy"))
-                took = wherry(*job) if entry.tool == "wherry" else peer.compress(*job)
+                tool = {"wherry": wherry, "llama.cpp": llama_cpp}.get(entry.tool, peer.compress)
+                took = tool(*job)
                 row = key | measure.compare(out, evaluation, float_) | took
                 row |= {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "inputs": digest}
                 row |= {"threads": os.environ.get("OMP_NUM_THREADS", "all")}
@@ -158,6 +163,15 @@ def wherry(entry: Entry, folder: Path, out: Path, scheme: str, size: int, tokens
     names = ("wherry", "torch", "transformers", "compressed-tensors")
     code = fingerprint(*(HERE.parent / "wherry" / file for file in CODE))
     return took | {"versions": [f"{name}=={importlib.metadata.version(name)}" for name in names], "code": code}
+
+
+def llama_cpp(entry: Entry, folder: Path, out: Path, scheme: str, size: int, tokens: Path) -> Row:
+    """Make `out` from `folder` with llama.cpp's quantizer, for the types that it has; returns what it took."""
+    sys.path.insert(0, str(HERE / "peers"))
+    import llama_cpp as driver
+
+    found = driver.compress(folder, out, scheme, np.load(tokens) if entry.options == "imatrix=true" else None)
+    return found | {"versions": [f"xllamacpp=={importlib.metadata.version('xllamacpp')}"]}
 
 
 class Peer:

@@ -140,3 +140,38 @@ def test_a_plan_says_who_does_what(tiny_llama: Path) -> None:
     assert Recipe.parse(f"awq:{G}").plan(Checkpoint.open(tiny_llama)).row(row.name).step == 0
     with pytest.raises(BadInput, match="changes nothing"):
         Recipe.parse("tune").plan(Checkpoint.open(tiny_llama))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        f"awq:{G} | gptq:{G}",
+        f"rounding:{G},iters=20 | tune:epochs=2",
+        "rounding:scheme=W2A16_ASYM,group_size=32,iters=20 | tune:epochs=2",
+        f"rotation | gptaq:{G}",
+        f"mixed:schemes=W2A16_ASYM;W4A16_ASYM,bits=3.5 | gptaq:{G}",
+        "gptaq:scheme=NVFP4A16 | tune:epochs=1",
+        "rounding:scheme=NF4,group_size=32,iters=10",
+        "gptq:scheme=W2A16_BINARY,group_size=32",
+    ],
+)
+def test_what_was_made_is_proven(recipe: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """The checks of an honest artifact pass, and one changed scale is seen."""
+    from wherry import shelf
+    from wherry.evaluate import proof
+
+    original = Checkpoint.open(tiny_llama)
+    compress(tiny_llama, recipe, tmp_path / "out")
+    artifact = Artifact.open(tmp_path / "out")
+    decoded = list(shelf.find("formats", "compressed_tensors").decode(artifact))
+    exact = "NVFP4" not in recipe  # compressed-tensors decodes that in bfloat16
+
+    def checks(tensors: list[Any]) -> dict[str, str]:
+        report = proof.structure(artifact, iter(tensors), lambda name: original.weight(name).numpy(), exact=exact)
+        return {row.what: row.note for row in report if row.what.startswith("check: ") and row.value is False}
+
+    assert checks(decoded) == {}
+    name = "model.layers.1.mlp.up_proj.weight"
+    changed = [(n, w * 1.05 if n == name else w) for n, w in decoded]
+    if exact:
+        assert "check: decodes to the plan's weights" in checks(changed)

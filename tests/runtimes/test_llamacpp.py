@@ -14,10 +14,11 @@ import torch
 
 from tests.conftest import write_llama
 from tests.formats.test_gguf import coded, save
-from wherry import errors
+from wherry import deliver, errors
 from wherry.artifact import Artifact
 from wherry.checkpoint import Checkpoint
 from wherry.data import shipped
+from wherry.recipe import Recipe
 from wherry.runtimes import llamacpp
 from wherry.session import Sampling, Session
 
@@ -137,6 +138,23 @@ def test_our_codes_mean_the_same_weights_there(scheme: str, tiny_llama: Path, tm
     found = log_softmax(made.score(TOKENS).logits)
     made.close()
     original, expected = reference(Checkpoint.open(tiny_llama), TOKENS), reference(checkpoint, TOKENS)
+    kl, change = divergence(expected, found), divergence(original, expected)
+    print(f"{scheme}: KL to the same weights in transformers {kl:.1e}, the codes' own {change:.1e} nats")
+    assert kl < 5e-3
+
+
+@pytest.mark.parametrize("scheme", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4A16"])
+def test_super_blocks_mean_the_same_weights_there(scheme: str, tmp_path: Path) -> None:
+    """Codes solved here run in llama.cpp's own kernels; what is left is its rounding of activations to 8 bits."""
+    folder = write_llama(tmp_path / "wide", layers=1, hidden=256)
+    recipe = Recipe.parse(f"rtn:scheme={scheme}")
+    plan = recipe.plan(Checkpoint.open(folder), ("gguf",))
+    deliver.deliver(plan, tmp_path / "out", ("gguf",), [], {}, lambda result: None, lambda *news: None)
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    made = llamacpp.load(Artifact.open(tmp_path / "out" / "gguf"), threads=1)
+    found = log_softmax(made.score(TOKENS).logits)
+    made.close()
+    original, expected = reference(Checkpoint.open(folder), TOKENS), reference(checkpoint, TOKENS)
     kl, change = divergence(expected, found), divergence(original, expected)
     print(f"{scheme}: KL to the same weights in transformers {kl:.1e}, the codes' own {change:.1e} nats")
     assert kl < 5e-3

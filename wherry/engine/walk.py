@@ -190,7 +190,10 @@ def settle(
             result = result.to(checkpoint.source.dtype(row.name))
         tensors.update(store(row, result))
         found = fact(row, w.decode() if isinstance(w, QTensor) else w, result, notes[row.name])
+        after = plan.steps("fit", row.name) or plan.steps("tune", row.name)
+        learned = row.scheme and (refers(watched[row.name]) or after)
         facts.append(found | ({"moved": moved[row.name]} if row.name in moved else {}))
+        facts[-1] |= {"learned": True} if learned else {}
         if row.name in places:
             put(module, places[row.name], torch.empty(row.shape, device="meta"))
     carry = journal.path(f"carry-{unit.key}")

@@ -138,7 +138,7 @@ def unrounded_scales(v: np.ndarray, scheme: Scheme, seed: int = 0) -> str:
     all groups do: so more than a quarter of longer steps means that scales were changed after they were rounded.
     """
     group = size(scheme, v.shape)
-    if group is None or group < 16 or scheme.bits > 4:
+    if group is None or group < 16 or scheme.bits > 4 or scheme.nested:
         return ""  # wider codes seldom are neighbours in a group; their error is so small that the slope tells
     rows = v.reshape(-1, v.shape[-1])
     if len(rows) > SAMPLED_ROWS and not isinstance(scheme.grain, Tensor):

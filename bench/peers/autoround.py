@@ -1,6 +1,6 @@
 """Driver of AutoRound: runs inside that peer's own environment and imports nothing of wherry.
 
-    PEER/bin/python bench/peers/auto_round.py --model FOLDER --tokens calibration.npy --out OUT \\
+    PEER/bin/python bench/peers/autoround.py --model FOLDER --tokens calibration.npy --out OUT \\
         --method rounding --scheme W3A16_ASYM --group-size 32 [--iters 200]
 
 Reads a Hugging Face folder and an array of token ids [windows, length]; writes a folder of plain fp16 weights of what

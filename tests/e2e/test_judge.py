@@ -156,6 +156,17 @@ def test_data_that_the_model_was_made_with_are_flagged(tmp_path):
     assert "training" in row.note
 
 
+def test_calibration_data_are_known_again(tmp_path):
+    """What a run calibrated on is in its report; judging on it is flagged."""
+    model, folder = colours(tmp_path / "model"), pictures(tmp_path / "data", 30)
+    out = tmp_path / "int8"
+    api.compress(model, out, "rtn:scheme=W8A8_STATIC", data_file=folder, samples=16)
+    row = api.evaluate(out, folder, "onnxruntime").get("check: data not seen before")
+    assert row.value is False
+    assert "calibration" in row.note
+    assert api.evaluate(out, pictures(tmp_path / "other", 9), "onnxruntime").get("check: data not seen before") is None
+
+
 def test_arrays_are_compared_with_the_original(tmp_path):
     for name, factor in (("a", 1.0), ("b", 1.1)):
         node = helper.make_node("Mul", ["x", "k"], ["y"])

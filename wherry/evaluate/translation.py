@@ -6,7 +6,6 @@ Source: Papineni et al. 2002 and Popovic 2015 by sacrebleu (its own tokenizer, 0
 Cost:   statistics of each example once; resamples are sums of them.
 """
 
-import contextlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -43,8 +42,10 @@ def metrics(said: Sequence[str], wanted: Sequence[str], task: Task) -> list[Metr
 
 def rouge_scorer(kinds: list[str]) -> Any:
     """A RougeScorer. Its logging keeps, and later closes, the stderr that it finds: it is given the true one."""
-    with contextlib.redirect_stderr(sys.__stderr__):
-        from rouge_score.rouge_scorer import RougeScorer
+    from absl import logging
+    from rouge_score.rouge_scorer import RougeScorer
+
+    logging.get_absl_handler().python_handler.stream = sys.__stderr__
     return RougeScorer(kinds)
 
 

@@ -201,6 +201,18 @@ def _outputs(
         report.extend(outputs.compare(base, found, item.where, task.kind.endswith("classification")))
 
 
+def rewritten(original: Any, artifact: Artifact) -> Any:
+    """The original with the weights that the artifact's recipe gave it before it rounded them (equalize, on graphs)."""
+    recipe = artifact.manifest.get("recipe", "")
+    if original is None or original.graph is None or not recipe:
+        return original
+    from wherry.recipe import Recipe
+
+    for step in Recipe.parse(recipe).steps:
+        original = step.rewrite(original) if hasattr(step, "rewrite") else original
+    return original
+
+
 def where(artifact: Artifact, root: Path) -> str:
     """What a report calls an artifact: "checkpoint" for the folder itself, else the folder inside of it."""
     return CHECKPOINT if artifact.path == root and artifact.format in RUNTIME_OF else artifact.path.name

@@ -213,12 +213,17 @@ class Graph:
         self.quantized = any(node.op_type in QUANTIZED for node in model.graph)
         if not self.quantized:
             tidy.tidy(model)
+        self.find()
+
+    def copy(self) -> "Graph":
+        """The same graph, to be changed."""
+        return Graph(self.path, ir.from_proto(ir.to_proto(self.model)))
+
+    def find(self) -> None:
+        """Find the layers and the other tensors; again after the graph was changed."""
         self.layers: dict[str, Layer] = {}
         self.others: dict[str, ir.Value] = {}
         self.reasons: dict[str, str] = {}
-        self._find()
-
-    def _find(self) -> None:
         parts: set[str] = set()
         for node in self.model.graph:
             for i, value in enumerate(node.inputs):

@@ -25,7 +25,7 @@ from wherry.engine.graph import bias, draw, observe
 from wherry.engine.graph.place import Places, place
 from wherry.engine.unit import fact
 from wherry.graph import edit, tidy, whole
-from wherry.graph.source import Graph, Layer, constant, extents, read
+from wherry.graph.source import Graph, Layer, constant, extents
 from wherry.ops import grid
 from wherry.recipe import Pass, Plan, PlanRow
 from wherry.scheme import Group, QTensor
@@ -60,7 +60,7 @@ def run(
     plan: Plan, batches: list[dict[str, np.ndarray]], result: Path, progress: Progress
 ) -> tuple[list[dict[str, Any]], int]:
     """Write `result/model.onnx` by the plan. Returns the plan as facts, and how many products are integer."""
-    source = Graph(plan.checkpoint.graph.path, ir.from_proto(read(plan.checkpoint.graph.path)))  # changed below
+    source: Graph = plan.checkpoint.graph.copy()  # changed below
     if batches:
         float_file = result / "float.onnx"
         edit.write(source.model, float_file)

@@ -386,7 +386,7 @@ def test_adapters(run: Run, model: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "wanted"),
     [
-        ("rtn:scheme=W5A16", ["W5A16", "did you mean", "W4A16"]),
+        ("rtn:scheme=W7A16", ["W7A16", "did you mean", "W4A16"]),
         ("rtn:scheme=w4a16", ["did you mean 'W4A16'"]),
         ("gtpq:scheme=W4A16", ["did you mean 'gptq'"]),
         ("nosuchmethod", ["there are"]),
@@ -427,7 +427,7 @@ def test_a_wrong_recipe(run: Run, tiny_llama: Path, tmp_path: Path, recipe: str,
         ("just words", "no recipe"),
         ("- 5", "METHOD"),
         ("- rtn: 5", "METHOD"),
-        ("- rtn: {scheme: W5A16}", "W5A16"),
+        ("- rtn: {scheme: W7A16}", "W7A16"),
         ("- gtpq: {}", "did you mean"),
         ("- gptq: {dampp: 1}", "did you mean"),
         ("- rtn: {group_size: [1, 2]}", "group_size"),

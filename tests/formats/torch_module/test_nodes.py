@@ -25,4 +25,6 @@ def test_cases_pass_but_for_known_reasons(results: tuple) -> None:
 
 
 def test_page_lists_the_same(results: tuple) -> None:
-    assert cases.PAGE.read_text(encoding="utf8").splitlines() == cases.page(*results).splitlines(), f"run python {cases.__file__}"
+    assert cases.PAGE.read_text(encoding="utf8").splitlines() == cases.page(*results).splitlines(), (
+        f"run python {cases.__file__}"
+    )

@@ -218,7 +218,7 @@ class Builder:
 
     def layer(self, layer: nn.Module, name: str, *args: Any) -> fx.Node:
         """A call of `layer`, placed at the dotted place that `name` (an initializer's or a node's) says."""
-        parts = [clean(part) for part in re.split(r"[./]|::", name) if part] or ["layer"]
+        parts = [part if part.isdigit() else clean(part) for part in re.split(r"[./]|::", name) if part] or ["layer"]
         here = self.root
         for i, part in enumerate(parts[:-1]):
             there = getattr(here, part, None)

@@ -83,7 +83,7 @@ def transposed(
     return y if bias is None else y + bias.reshape(-1, *[1] * n)
 
 
-@builds("Conv", "com.microsoft::FusedConv")
+@builds("Conv")
 def _conv(b: Builder, node: Node) -> Any:
     x, w, bias = [*b.inputs(node), None][:3]
     facts, n = node.facts, (w.tensor.dim() - 2 if isinstance(w, Constant) else 0)

@@ -273,6 +273,10 @@ def _expand(b: Builder, node: Node) -> Any:
     if vector is None or dimensions is None or vector.known and isinstance(x, Constant | Ints):
         return NotImplemented
     rank = max(len(vector.items), len(dimensions))
+    if isinstance(x, Constant) and len(vector.items) == rank and bool((x.tensor == x.tensor.reshape(-1)[:1]).all()):
+        own = [1] * (rank - len(dimensions)) + dimensions
+        sizes = [size if item == 1 else item for size, item in zip(own, vector.items, strict=True)]
+        return b.call(torch.full, sizes, x.tensor.reshape(-1)[0].item(), dtype=x.tensor.dtype)
     own = [1] * (rank - len(dimensions)) + dimensions
     items: list[Any] = []
     for size, item in zip(own, [1] * (rank - len(vector.items)) + vector.items, strict=True):

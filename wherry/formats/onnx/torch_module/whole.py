@@ -30,6 +30,7 @@ from wherry.formats.onnx.torch_module import (  # noqa: F401 - each fills the ta
     signals,
 )
 from wherry.formats.onnx.torch_module.builder import Builder
+from wherry.formats.onnx.torch_module.inference import infer
 from wherry.formats.onnx.torch_module.names import clean
 from wherry.formats.onnx.torch_module.reading import every_graph, read
 from wherry.formats.onnx.torch_module.table import TABLE
@@ -83,33 +84,6 @@ def defined(kind: str, domain: str) -> bool:
     """Whether ONNX gives the operator as a function of others."""
     schema = onnx.defs.get_schema(kind, domain=domain)
     return bool(schema.has_function or schema.has_context_dependent_function)  # type: ignore[attr-defined]
-
-
-def infer(model: onnx.ModelProto) -> None:
-    """Write shapes that follow from the inputs into the model; initializers do not travel through the inference."""
-    light = onnx.ModelProto()
-    light.CopyFrom(model)
-    for tensor in light.graph.initializer:
-        if len(tensor.raw_data) > 4096:
-            tensor.ClearField("raw_data")
-            tensor.data_location = onnx.TensorProto.EXTERNAL
-            tensor.external_data.add(key="location", value="left-out")
-    try:
-        inferred = onnx.shape_inference.infer_shapes(light, data_prop=True)
-    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
-        raise BadInput(f"the shapes of the graph contradict one another: {str(error)[:300]}") from error
-    adopt(model.graph, inferred.graph)
-
-
-def adopt(graph: onnx.GraphProto, inferred: onnx.GraphProto) -> None:
-    """Take over what was inferred, also in inner graphs."""
-    for name in ("value_info", "output"):
-        del getattr(graph, name)[:]
-        getattr(graph, name).extend(getattr(inferred, name))
-    for node, other in zip(graph.node, inferred.node, strict=True):
-        for mine, theirs in zip(node.attribute, other.attribute, strict=True):
-            if mine.HasField("g"):
-                adopt(mine.g, theirs.g)
 
 
 def build(model: onnx.ModelProto, fixed: dict[str, Any], batch: int | None, symbolic: bool) -> tuple[Any, Builder]:

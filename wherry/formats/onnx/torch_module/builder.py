@@ -118,6 +118,10 @@ class Builder:
         value = self.env.get(name)
         return self.outer.peek(name) if value is None and self.outer is not None else value
 
+    def only_read_by(self, name: str, kind: str) -> bool:
+        """Whether nodes of this kind alone read a name."""
+        return name not in self.outputs and all(node.kind == kind for node in self.consumers.get(name, []))
+
     def follow(self, name: str, source: str) -> None:
         """`name` will have the value of `source`: the node that makes it is fused into that of `source`."""
         self.done.add(name)

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from wherry.errors import Unsupported
 from wherry.formats.onnx.torch_module.builder import Builder
 from wherry.formats.onnx.torch_module.table import builds
-from wherry.formats.onnx.torch_module.values import Constant, Node
+from wherry.formats.onnx.torch_module.values import Constant, Ints, Node
 
 
 class Branch(nn.Module):
@@ -18,10 +18,13 @@ class Branch(nn.Module):
         super().__init__()
         self.then, self.otherwise = then, otherwise
 
-    def forward(self, condition: Tensor, *captured: Any) -> tuple:
-        """The outputs of the branch that `condition` (one bool) chooses, given what it reads of the graph around."""
-        if torch.compiler.is_exporting():
-            return tuple(torch.cond(condition.reshape(()), self.then, self.otherwise, captured))
+    def forward(self, condition: Any, *captured: Any) -> tuple:
+        """The outputs of the branch that `condition` (a bool, or a tensor of one) chooses."""
+        if torch.compiler.is_exporting() and isinstance(condition, Tensor):
+            # what comes out may not be what went in
+            then = lambda *given: tuple(y.clone() for y in self.then(*given))  # noqa: E731
+            otherwise = lambda *given: tuple(y.clone() for y in self.otherwise(*given))  # noqa: E731
+            return tuple(torch.cond(condition.reshape(()), then, otherwise, captured))
         return self.then(*captured) if bool(condition) else self.otherwise(*captured)
 
 
@@ -108,9 +111,10 @@ def _if(b: Builder, node: Node) -> Any:
     _, first = inner(b, node.facts["then_branch"])
     _, second = inner(b, node.facts["else_branch"])
     both = list(dict.fromkeys(first + second))
+    asked = condition.items[0] if isinstance(condition, Ints) else b.tensor(condition)
     then, _ = inner(b, node.facts["then_branch"], both)
     otherwise, _ = inner(b, node.facts["else_branch"], both)
-    out = b.layer(Branch(then, otherwise), b.place(node), b.tensor(condition), *outer_values(b, both))
+    out = b.layer(Branch(then, otherwise), b.place(node), asked, *outer_values(b, both))
     return b.items(out, len(node.outputs))
 
 

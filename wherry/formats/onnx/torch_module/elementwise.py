@@ -371,6 +371,8 @@ def _equal(b: Builder, node: Node) -> Any:
             out.append(True)
         elif (isinstance(x, int) and x < 0) or (isinstance(y, int) and y < 0):
             out.append(False)
+        elif length == 1 and b.only_read_by(node.outputs[0], "If"):
+            return Ints([b.call(python.eq, x, y)], True)  # a Python bool: a size is known when the module runs
         else:
             return NotImplemented
     return Constant(torch.tensor(out[0] if first.scalar and second.scalar else out))

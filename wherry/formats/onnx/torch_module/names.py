@@ -17,7 +17,8 @@ def stem(weights: list[str], node: str, kind: str) -> str:
         if name and not SAYS_NOTHING.search(name):
             return name
     name = re.sub(rf"[/._](node_)?{re.escape(kind)}(_\d+)?(_quant)?$", "", node.strip("/"), flags=re.IGNORECASE)
-    return name or node or kind.lower()
+    name = re.sub(r"^node_|_+\d+$", "", name) if not re.search("[/.]", name) else name
+    return name if name not in ("", "node") else kind.lower()
 
 
 def clean(name: str) -> str:

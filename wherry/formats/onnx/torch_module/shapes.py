@@ -51,6 +51,8 @@ def reshape(x: Tensor, shape: list[int], allowzero: int = 0) -> Tensor:
 def _reshape(b: Builder, node: Node) -> Any:
     x, shape = b.inputs(node)
     vector = b.as_vector(shape)
+    if isinstance(x, Ints) and vector is not None and vector.items in ([-1], [len(x.items)]):
+        return Ints(x.items)
     if not isinstance(x, fx.Node) or vector is None:
         return NotImplemented
     source = b.shape(node.inputs[0])
@@ -276,7 +278,7 @@ def _expand(b: Builder, node: Node) -> Any:
     if isinstance(x, Constant) and len(vector.items) == rank and bool((x.tensor == x.tensor.reshape(-1)[:1]).all()):
         own = [1] * (rank - len(dimensions)) + dimensions
         sizes = [size if item == 1 else item for size, item in zip(own, vector.items, strict=True)]
-        return b.call(torch.full, sizes, x.tensor.reshape(-1)[0].item(), dtype=x.tensor.dtype)
+        return b.call(torch.full, sizes, number(x.tensor), dtype=x.tensor.dtype)
     own = [1] * (rank - len(dimensions)) + dimensions
     items: list[Any] = []
     for size, item in zip(own, [1] * (rank - len(vector.items)) + vector.items, strict=True):
@@ -304,7 +306,13 @@ def _constant_of_shape(b: Builder, node: Node) -> Any:
     shape, value = b.as_vector(b.get(node.inputs[0])), node.facts.get("value", torch.zeros(1))
     if shape is None or shape.known:
         return NotImplemented
-    return b.call(torch.full, shape.items, value.item(), dtype=value.dtype)
+    return b.call(torch.full, shape.items, number(value), dtype=value.dtype)
+
+
+def number(value: Tensor) -> float:
+    """The first number of a tensor; TorchScript fills with no bool."""
+    first = value.reshape(-1)[0].item()
+    return int(first) if isinstance(first, bool) else first
 
 
 @runs("Range", ints=())

@@ -18,6 +18,8 @@ from torch.nn.utils import prune
 from tests.formats.torch_module.random_graphs import Graph
 from wherry.errors import Corrupt, Missing, Unsupported
 from wherry.formats.onnx.torch_module import module
+from wherry.formats.onnx.torch_module.builder import Builder
+from wherry.formats.onnx.torch_module.values import Ints
 
 
 def session(source: Any) -> onnxruntime.InferenceSession:
@@ -94,6 +96,13 @@ def test_layers_names_and_shared_weights() -> None:
     assert not [name for name, _ in net.named_buffers()]
     close(net, encoder(), {"ids": ids(3, 7)})
     close(net, encoder(), {"ids": ids(1, 4)})
+
+
+def test_each_constant_is_its_own() -> None:
+    """Constants made on the way are told apart by what they are, not by an address that is used again."""
+    builder = Builder(onnx.GraphProto(), {"": 17})
+    nodes = [builder.tensor(Ints([i])) for i in range(500)]
+    assert [getattr(builder.root, node.target).item() for node in nodes] == list(range(500))
 
 
 def test_frozen_graph_runs_at_another_batch() -> None:

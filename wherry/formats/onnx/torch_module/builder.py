@@ -57,7 +57,7 @@ class Builder:
         self.done: set[str] = set()  # outputs that a fused layer has already given
         self.fused: dict[str, list[str]] = {}
         self.shared: dict[tuple, Any] = outer.shared if outer else {}
-        self.buffers: dict[int, fx.Node] = {}
+        self.buffers: dict[Constant, fx.Node] = {}  # by the object, which so stays alive
         self.symbols: dict[fx.Node, Any] = {}  # node that gives a size -> its dimension in the ONNX file
         self.sizes: dict[tuple[fx.Node, int], fx.Node] = {}
         self.changed: Counter[str] = outer.changed if outer else Counter()
@@ -214,11 +214,11 @@ class Builder:
 
     def buffer(self, value: Constant) -> fx.Node:
         """A constant as a buffer of the module, once."""
-        if id(value) not in self.buffers:
+        if value not in self.buffers:
             name = self.free(clean(value.name or "constant"))
             self.root.register_buffer(name, value.tensor)
-            self.buffers[id(value)] = self.graph.get_attr(name)
-        return self.buffers[id(value)]
+            self.buffers[value] = self.graph.get_attr(name)
+        return self.buffers[value]
 
     def layer(self, layer: nn.Module, name: str, *args: Any) -> fx.Node:
         """A call of `layer`, placed at the dotted place that `name` (an initializer's or a node's) says."""
@@ -251,7 +251,7 @@ class Builder:
         key = (
             (weight.name, flipped, "" if change == "t" else change)
             if weight.name and not weight.derived
-            else (id(weight), flipped, change)
+            else (weight, flipped, change)
         )
         if key not in self.shared:
             data = make(weight.tensor) if make else weight.tensor.t() if change == "t" else weight.tensor

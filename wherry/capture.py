@@ -303,9 +303,9 @@ def pictures(path: Path, config: Any) -> dict[str, Any]:
     size = facts.get("crop_size") or facts.get("size") or getattr(config, "image_size", 224)
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge")
-    extents = [int(size), int(size)] if isinstance(size, int) else [int(n) for n in size]
-    mean, std = facts.get("image_mean", [0.5] * 3), facts.get("image_std", [0.5] * 3)
-    return {"size": extents, "mean": list(mean), "std": list(std)}
+    extents = [int(n) for n in size] if isinstance(size, list | tuple) else [int(size or 224)] * 2
+    mean, std = (list(facts.get(key) or [0.5] * 3) for key in ("image_mean", "image_std"))
+    return {"size": extents, "mean": mean, "std": std}
 
 
 class First(torch.nn.Module):

@@ -29,7 +29,7 @@ def explain(
         raise BadInput(f"--out {out}: a name that ends with .png or .html is wanted")
     if not out.resolve().parent.is_dir():
         raise Missing(f"no such folder: {out.resolve().parent}")
-    names = short_names(against, model) if against else (Path(model).name,)
+    names: tuple[str, ...] = short_names(against, model) if against else (Path(model).name,)
     paths = (against, model) if against else (model,)
     report, heats, cut, target, kind = Report(f"what {names[-1]} rests on"), [], None, None, ""
     for name, path in zip(names, paths, strict=True):

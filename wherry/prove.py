@@ -24,8 +24,10 @@ CHECKPOINT = "checkpoint"
 Limits = tuple[float, float]
 LIMITS: Limits = (proof.KL_LIMIT, proof.RATIO_LIMIT)
 LOSS = 0.05  # of Spearman's correlation: it is still this model; a promise of quality is the user's to set
-RUNTIME_OF = {"compressed_tensors": "torch", "safetensors": "torch", "gguf": "llamacpp", "onnx": "onnxruntime",
-              "openvino": "openvino"}  # fmt: skip
+RUNTIME_OF = {
+    "compressed_tensors": "torch", "safetensors": "torch", "gguf": "llamacpp", "onnx": "onnxruntime",
+    "onnx_half": "onnxruntime", "ort": "onnxruntime", "openvino": "openvino",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

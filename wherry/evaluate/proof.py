@@ -122,7 +122,8 @@ def structure(
     if not exact:
         found["digest"] = Findings()
     count, taken = len(seen), sum(1 for row in plan.values() if row.get("scheme"))
-    no_plan = "the manifest has no plan: this file was not made by wherry"
+    made = bool(artifact.manifest.get("wherry"))
+    no_plan = "this format keeps no weights by name" if made else "no plan: this file was not made by wherry"
     found["present"].add(report, "all tensors present", where, f"{count} tensors decoded", no_plan)
     found["once"].add(report, "no second copy", where, f"{count} tensors, each once, none beside the plan", no_plan)
     found["quantized"].add(

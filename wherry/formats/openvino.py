@@ -4,8 +4,6 @@ Only graph models (ONNX) are converted: a transformers folder goes through ONNX 
 float32 unless `half` asks for fp16.
 """
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +30,7 @@ def check(plan: "Plan") -> dict[str, str]:
     if plan.checkpoint.graph is None:
         raise Unsupported(
             f"openvino takes graph models, and {plan.checkpoint.name} is a transformers folder.\n"
-            "Export it first: wherry export MODEL -o GRAPH --format onnx"
+            "Draw it first: wherry capture MODEL -o GRAPH"
         )
     notes = {}
     for row in plan.taken():
@@ -51,8 +49,6 @@ def save(checkpoint: "Checkpoint", out: Path, progress: "Progress", half: bool =
     """
     import openvino as ov
 
-    from wherry import __version__
-    from wherry.checkpoint import SIDE_FILES
     from wherry.graph import whole
 
     progress(0, 2, "convert")
@@ -62,18 +58,9 @@ def save(checkpoint: "Checkpoint", out: Path, progress: "Progress", half: bool =
         reason = " ".join(str(error).split())[:200]
         raise Unsupported(f"OpenVINO {ov.__version__} does not convert {checkpoint.path}: {reason}") from error
     ov.save_model(model, str(out / MAIN), compress_to_fp16=half)
-    for name in SIDE_FILES:
-        if (checkpoint.path / name).is_file():
-            (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(checkpoint.path / name, out / name)
-    (out / "task.json").write_text(json.dumps(checkpoint.task.to_dict(), indent=1, sort_keys=True) + "\n")
+    whole.beside(checkpoint, out)
     progress(1, 2, "reload and compare")
-    inputs = whole.inputs_of(checkpoint.graph.path)
-    manifest: dict[str, Any] = {
-        "wherry": __version__, "format": "openvino", "main": MAIN, "graph": True, "task": checkpoint.task.to_dict(),
-        "model": checkpoint.name, "recipe": checkpoint.recipe, "source": checkpoint.origin or checkpoint.name,
-        "license": checkpoint.license, "params": checkpoint.params, "plan": [], "inputs": inputs,
-    }  # fmt: skip
+    manifest = whole.manifest(checkpoint, [], [], "openvino", MAIN)
     products, tables = decoders(ov.Core().read_model(str(out / MAIN)))
     coded = {*products, *tables}
     manifest["plan"] = [row for row in checkpoint.plan if row["name"] in coded]
@@ -114,20 +101,17 @@ def converted(checkpoint: "Checkpoint", out: Path) -> Any:
 def checks(artifact: Artifact, checkpoint: "Checkpoint", half: bool) -> list[dict[str, Any]]:
     """Reload, run at two batch sizes, compare with ONNX Runtime; count layers by how they execute."""
     from wherry.graph import whole
-    from wherry.graph.whole import check as entry
 
     core = compiled(artifact.main)
     source = whole.session(checkpoint.graph.path)
     names = [value.name for value in source.get_outputs()]
-    worst = 0.0
-    for rows in (1, 3):
-        feeds = artifact.example(rows)
+
+    def infer(feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         found = core(feeds)
-        other = [np.array(found[port]) for port in core.outputs]
-        worst = max(worst, whole.difference(source.run(names, feeds), other))
-    limit = DIFFERENCE_MOST
-    if not worst <= limit:
-        raise Diverged(f"OpenVINO's outputs differ from ONNX Runtime's by {worst:.3g} (relative RMS), above {limit}")
+        return [np.array(found[port]) for port in core.outputs]
+
+    what = "ONNX Runtime || OpenVINO, the same integers"
+    same = whole.agree(artifact, lambda feeds: source.run(names, feeds), infer, DIFFERENCE_MOST, what)
     kinds = executed(core)
     planned = sum(1 for row in checkpoint.plan if row["scheme"] and "A8" in row["scheme"])
     integer = sum(count for kind, count in kinds.items() if kind.endswith("int8"))
@@ -135,8 +119,8 @@ def checks(artifact: Artifact, checkpoint: "Checkpoint", half: bool) -> list[dic
         raise Diverged(f"{planned} layers are planned in int8, OpenVINO runs none so: {dict(kinds)}")
     note = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     return [
-        entry("relative difference", worst, "", limit, "ONNX Runtime || OpenVINO, the same file, random inputs"),
-        entry("integer products", integer, "", None, f"of the executed model: {note}"),
+        same,
+        whole.check("integer products", integer, "", None, f"of the executed model: {note}"),
     ]
 
 

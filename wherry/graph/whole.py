@@ -7,9 +7,11 @@ Checks, each with its figure in the manifest; one that fails is a failed export:
                             farther from the float graph than this
 """
 
+import json
+import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from wherry.checkpoint import Checkpoint
 
 Batches = list[dict[str, np.ndarray]]
+Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 DIFFERENCE_MOST = 0.7  # relative RMS: above it an output has little to do with the original's
 OWN_MOST, OWN_FLOOR = 1.5, 0.02  # fused kernels may be so much farther off: ties fall the other way
 INTEGER = (
@@ -39,12 +42,35 @@ def check(what: str, value: float, unit: str, limit: float | None, note: str) ->
     return {k: v for k, v in entry.items() if v is not None}
 
 
-def manifest(checkpoint: "Checkpoint", plan: list[dict[str, Any]], checks: list[dict[str, Any]]) -> dict[str, Any]:
+def beside(checkpoint: "Checkpoint", out: Path) -> None:
+    """Copy the tokenizer's files, the licence and the like, and write task.json."""
+    from wherry.checkpoint import SIDE_FILES
+
+    for name in SIDE_FILES:
+        if name != "task.json" and (checkpoint.path / name).is_file():
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(checkpoint.path / name, out / name)
+    text = json.dumps(checkpoint.task.to_dict(), indent=1, sort_keys=True) + "\n"
+    (out / "task.json").write_text(text, encoding="utf8")
+
+
+def agree(artifact: Artifact, one: Run, other: Run, limit: float, what: str) -> dict[str, Any]:
+    """Check that two runs give the same outputs for random inputs at two batch sizes. Raises Diverged when not."""
+    worst = max(difference(one(feeds), other(feeds)) for feeds in (artifact.example(1), artifact.example(3)))
+    if not worst <= limit:
+        raise Diverged(f"{artifact.main.name}: outputs differ by {worst:.3g} (relative RMS), above {limit}: {what}")
+    return check("relative difference", worst, "", limit, f"{what}, two batch sizes, random inputs")
+
+
+def manifest(
+    checkpoint: "Checkpoint", plan: list[dict[str, Any]], checks: list[dict[str, Any]], form: str = "onnx",
+    main: str = "model.onnx",
+) -> dict[str, Any]:  # fmt: skip
     """The facts of a folder that holds a graph."""
     from wherry import __version__
 
     return {
-        "wherry": __version__, "format": "onnx", "graph": True, "main": "model.onnx", "task": checkpoint.task.to_dict(),
+        "wherry": __version__, "format": form, "graph": True, "main": main, "task": checkpoint.task.to_dict(),
         "model": checkpoint.name, "recipe": checkpoint.recipe, "source": checkpoint.origin or checkpoint.name,
         "license": checkpoint.license, "params": checkpoint.params, "plan": plan, "checks": checks,
         "inputs": inputs_of(checkpoint.graph.path),

@@ -48,8 +48,8 @@ def isa() -> str:
 
 
 def accepts(artifact: Artifact) -> bool:
-    """Folders of the `onnx` format, of any task."""
-    return artifact.format == "onnx"
+    """Folders of the formats `onnx`, of any task, and `ort`."""
+    return artifact.format in ("onnx", "ort")
 
 
 def load(artifact: Artifact, device: str = "cpu", threads: int = 0) -> Session:

@@ -62,6 +62,7 @@ class OpenVINO(NoGenerate):
         with self.lock:
             if self.model is None:
                 raise BadInput("this session is closed: load the artifact again")
+            self._fits(inputs)
             try:
                 found = self.request.infer({name: np.ascontiguousarray(array) for name, array in inputs.items()})
             except Exception as error:  # the wheel's kinds have no common base but Exception
@@ -69,6 +70,16 @@ class OpenVINO(NoGenerate):
                 reason = " ".join(str(error).split())[:200]
                 raise BadInput(f"{self.path.name} does not take these inputs: {shapes}\n{reason}") from error
             return {port.get_any_name(): np.array(found[port]) for port in self.model.outputs}
+
+    def _fits(self, inputs: dict[str, np.ndarray]) -> None:
+        """Raise BadInput for a name or shape that is not the graph's: OpenVINO itself reads past such arrays."""
+        for port in self.model.inputs:
+            name, shape = port.get_any_name(), port.get_partial_shape()
+            if name not in inputs:
+                raise BadInput(f"{self.path.name} does not take these inputs: '{name}' is missing")
+            given = inputs[name].shape
+            if not shape.compatible(ov.PartialShape(list(given))):
+                raise BadInput(f"{self.path.name} does not take '{name}' of shape {list(given)}: it wants {shape}")
 
     def close(self) -> None:
         """Free the weights."""

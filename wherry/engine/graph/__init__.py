@@ -7,8 +7,6 @@ Passes that see data get, for each weight [n, k], the rows that it is multiplied
 Memory: the graph in float32 twice, the edges of one batch. Cost: three runs of the float graph over the batches.
 """
 
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,6 @@ import torch
 
 from wherry import tensorfile
 from wherry.artifact import Artifact
-from wherry.checkpoint import SIDE_FILES
 from wherry.engine.graph import bias, draw, observe
 from wherry.engine.graph.place import Places, place
 from wherry.engine.unit import fact
@@ -45,13 +42,7 @@ def deliver(plan: Plan, batches: list[dict[str, np.ndarray]], result: Path, prog
     facts, integer = run(plan, batches, result, progress)
     progress(1, 1, "reload and compare")
     checks = whole.checks(result / "model.onnx", checkpoint.graph.path, batches, integer)
-    for name in SIDE_FILES:
-        if (checkpoint.path / name).is_file():
-            (result / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(checkpoint.path / name, result / name)
-    tensorfile.write_pieces(
-        result / "task.json", [json.dumps(checkpoint.task.to_dict(), indent=1, sort_keys=True).encode()]
-    )
+    whole.beside(checkpoint, result)
     tensorfile.write_pieces(result / "recipe.yaml", [plan.recipe.to_yaml().encode()])
     return Artifact.seal(result, **whole.manifest(checkpoint, facts, checks) | {"recipe": str(plan.recipe)})
 

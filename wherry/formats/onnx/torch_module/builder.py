@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from wherry.errors import Corrupt, Unsupported
-from wherry.formats.onnx.torch_module.names import clean, free_name, stem
+from wherry.formats.onnx.torch_module.names import buffer_name, clean, free_name, stem
 from wherry.formats.onnx.torch_module.table import TABLE, arguments
 from wherry.formats.onnx.torch_module.values import DTYPES, Constant, Ints, Node, Value, node_of, tensor_of
 
@@ -215,7 +215,7 @@ class Builder:
     def buffer(self, value: Constant) -> fx.Node:
         """A constant as a buffer of the module, once."""
         if value not in self.buffers:
-            name = self.free(clean(value.name or "constant"))
+            name = self.free(buffer_name(value.name))
             self.root.register_buffer(name, value.tensor)
             self.buffers[value] = self.graph.get_attr(name)
         return self.buffers[value]

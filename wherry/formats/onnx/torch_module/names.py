@@ -21,6 +21,11 @@ def stem(weights: list[str], node: str, kind: str) -> str:
     return name if name not in ("", "node") else kind.lower()
 
 
+def buffer_name(name: str) -> str:
+    """The name of a constant; `val_7` and its like, which exporters count up themselves, would clash with theirs."""
+    return "constant" if not name or (SAYS_NOTHING.search(name) and name[0] != "/") else clean(name)
+
+
 def clean(name: str) -> str:
     """A Python name of any text."""
     name = re.sub(r"\W+", "_", name).strip("_") or "value"

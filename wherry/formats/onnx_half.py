@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wherry.artifact import Artifact
-from wherry.errors import Unsupported
+from wherry.errors import Diverged, Unsupported
 
 if TYPE_CHECKING:
     from wherry.checkpoint import Checkpoint

@@ -19,6 +19,7 @@ from wherry.shelf import missing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 VIDEOS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # others of Pillow's start programs or are seldom tested
 KEYS = ("size", "resize", "crop", "interpolation", "mean", "std", "scale", "layout", "mode")
 FRAMES_MOST = 256  # of a video; evenly spaced beyond
 
@@ -56,7 +57,7 @@ def load(example: Any, mode: str = "RGB") -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("error", image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)  # of odd metadata; the pixels are what counts
-            with image.open(source) as found:
+            with image.open(source, formats=FORMATS) as found:
                 found.load()
                 return _plain(found, mode)
     except (OSError, ValueError, SyntaxError, EOFError, Warning, image.DecompressionBombError) as error:
@@ -74,7 +75,7 @@ def check(example: Any) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error", image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)
-            with image.open(source) as found:
+            with image.open(source, formats=FORMATS) as found:
                 found.draft("RGB", (8, 8))
                 found.load()
     except (OSError, ValueError, SyntaxError, EOFError, Warning, image.DecompressionBombError) as error:

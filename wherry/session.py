@@ -6,7 +6,8 @@ A runtime (a file in `runtimes/`) has
     accepts(artifact) -> bool                           can it run this artifact's format and task?
     load(artifact, device="cpu", threads=0) -> Session  threads 0 = all cores
 
-and is found by its name: `shelf.find("runtimes", "llamacpp").load(artifact)`.
+and is found by its name: `shelf.find("runtimes", "llamacpp").load(artifact)`. A session of a graph also says what it
+takes and gives: `inputs` and `outputs`, each a Signature.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,9 @@ GRADES = {
     "B": "teacher-forced log-probabilities with top-k (KL is a bound)",
     "C": "generation only",
 }
+
+
+Signature = dict[str, tuple[str, tuple[int | str | None, ...]]]  # {name: (numpy's dtype, shape)}; free axes: name, None
 
 
 @dataclass(frozen=True)

@@ -298,7 +298,7 @@ def test_unknown_model_path_and_method(url):
     with pytest.raises(openai.NotFoundError, match="this server has 'tiny-writer'") as caught:
         client(url).chat.completions.create(model="gpt-4o", messages=USER)
     assert caught.value.code == "model_not_found"
-    lost = httpx.get(f"{url}/v2/models")
+    lost = httpx.get(f"{url}/v3/models")
     assert (lost.status_code, lost.json()["error"]["type"]) == (404, "invalid_request_error")
     wrong = httpx.get(f"{url}/v1/chat/completions")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")

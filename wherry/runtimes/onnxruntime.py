@@ -21,7 +21,7 @@ import onnxruntime as ort
 
 from wherry.artifact import Artifact
 from wherry.errors import BadInput, Corrupt, Error, Exhausted, Unsupported
-from wherry.session import NoGenerate, NoPredict, Sampling, Score, Session, draw
+from wherry.session import NoGenerate, NoPredict, Sampling, Score, Session, Signature, draw
 
 CHUNK = 128  # tokens that go through the model at once; bounds the memory of activations
 ROWS = 32  # rows of logits that are ranked at once
@@ -134,8 +134,19 @@ def build() -> str:
     return next((part for part in parts if "commit" in part), parts[0])
 
 
+def signature(values: Sequence[Any]) -> Signature:
+    """Dtypes in numpy's words ("tensor(float)" is float32) and shapes of inputs or outputs."""
+    kinds = {"float": "float32", "double": "float64"}
+    types = {value.name: value.type.removeprefix("tensor(").removesuffix(")") for value in values}
+    return {value.name: (kinds.get(types[value.name], types[value.name]), tuple(value.shape)) for value in values}
+
+
 class Encoder(Loaded, NoGenerate):
     """A graph that is run once: a sentence encoder, a classifier, any other. Thread-safe."""
+
+    def __init__(self, artifact: Artifact, threads: int) -> None:
+        super().__init__(artifact, threads)
+        self.inputs, self.outputs = signature(self.live.get_inputs()), signature(self.live.get_outputs())
 
     def predict(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Inputs by name to outputs by name, the first axis of each being the batch."""

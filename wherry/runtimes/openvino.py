@@ -14,7 +14,7 @@ import openvino as ov
 from wherry.artifact import Artifact
 from wherry.errors import BadInput
 from wherry.formats.openvino import compiled, executed
-from wherry.session import NoGenerate, Session
+from wherry.session import NoGenerate, Session, Signature
 
 
 def available() -> dict[str, str]:
@@ -41,6 +41,13 @@ def load(artifact: Artifact, device: str = "cpu", threads: int = 0) -> Session:
     return OpenVINO(artifact, threads)
 
 
+def signature(ports: list[Any]) -> Signature:
+    """Dtypes and shapes of inputs or outputs; OpenVINO has no names for free axes."""
+    shapes = [tuple(d.get_length() if d.is_static else None for d in port.get_partial_shape()) for port in ports]
+    names = [(port.get_any_name(), str(np.dtype(port.get_element_type().to_dtype()))) for port in ports]
+    return {name: (kind, shape) for (name, kind), shape in zip(names, shapes, strict=True)}
+
+
 class OpenVINO(NoGenerate):
     """A compiled graph. Thread-safe: calls take turns."""
 
@@ -50,6 +57,7 @@ class OpenVINO(NoGenerate):
         self.path, self.lock = artifact.main, threading.Lock()
         self.model: Any = compiled(artifact.main, threads)
         self.request = self.model.create_infer_request()
+        self.inputs, self.outputs = signature(self.model.inputs), signature(self.model.outputs)
         found = executed(self.model)
         self.facts = {
             "runtime": "openvino", "version": ov.__version__, "build": ov.__version__, "isa": available()["isa"],

@@ -8,9 +8,8 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
-from contextlib import aclosing, asynccontextmanager
-from pathlib import Path
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
 from typing import Any
 
 import jinja2
@@ -18,27 +17,27 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
 
 from wherry import errors
 from wherry.artifact import Artifact
 from wherry.report import Report
-from wherry.serve import openai
+from wherry.serve import inference, openai
+from wherry.serve.answer import Answers
+from wherry.serve.door import Door
 from wherry.serve.events import Events, collect, events, until_gone
-from wherry.serve.facts import facts, own_sampling
-from wherry.serve.failure import NoSuchModel, Watch, error_answer, http_answer
+from wherry.serve.facts import own_sampling
+from wherry.serve.failure import Watch, error_answer, http_answer
 from wherry.serve.listen import check_port, run, serving
-from wherry.serve.metrics import Metrics
 from wherry.serve.openai import BadField, TextRequest
 from wherry.serve.pieces import Piece
-from wherry.serve.work import Embedder, Line, Writer
+from wherry.serve.work import Embedder, Writer
 from wherry.session import Sampling, Session
 
 __all__ = ["Service", "check_port", "create_app", "run", "serving"]
 
-WEB = Path(__file__).parent / "web"
+TEXT_BODY, DATA_BODY = 4 << 20, 32 << 20  # bytes
 
 
 def create_app(
@@ -48,7 +47,7 @@ def create_app(
     *,
     queue: int = 32,
     max_tokens: int = 1024,
-    max_body: int = 4 << 20,
+    max_body: int = 0,
 ) -> Starlette:
     """The application for one loaded artifact; serve it with `run`, or any ASGI server with one worker.
 
@@ -58,68 +57,69 @@ def create_app(
         report: the proof that came with the artifact, for the page; None when there is none.
         queue: requests that may run or wait at once; the next one gets 429 with Retry-After.
         max_tokens: length of an answer when the request sets none.
-        max_body: largest request body, in bytes.
+        max_body: largest request body, in bytes; 0: 4 MiB for texts, 32 MiB for pictures, sounds and arrays.
 
     Raises:
         Missing: the artifact has no tokenizer.
     """
-    service = Service(session, artifact, report, queue, max_tokens, max_body)
-    routes = [
-        Route("/v1/chat/completions", service.chat, methods=["POST"]),
-        Route("/v1/completions", service.complete, methods=["POST"]),
-        Route("/v1/embeddings", service.embeddings, methods=["POST"]),
-        Route("/v1/models", service.models, methods=["GET"]),
-        Route("/v1/models/{name:path}", service.models, methods=["GET"]),
-        Route("/v1/wherry/facts", service.facts, methods=["GET"]),
-        Route("/health/live", service.live, methods=["GET"]),
-        Route("/health/ready", service.ready, methods=["GET"]),
-        Route("/metrics", service.scrape, methods=["GET"]),
-        Route("/", service.page, methods=["GET"]),
-        Mount("/web", StaticFiles(directory=WEB)),
-    ]
+    kind = artifact.task.kind
+    max_body = max_body or (TEXT_BODY if artifact.task.modality == "text" else DATA_BODY)
+    service: Door
+    if kind in ("text-generation", "sentence-similarity"):
+        service = Service(session, artifact, report, queue, max_tokens, max_body)
+    else:
+        service = Answers(session, artifact, report, queue, max_body)
+    routes: list[Route | Mount] = [*inference.Inference(service).routes(), *service.routes()]
     app = Starlette(
         routes=routes,
         lifespan=service.lifespan,
-        middleware=[Middleware(Watch, metrics=service.metrics)],
+        middleware=[Middleware(Watch, metrics=service.metrics, model=service.model)],
         exception_handlers={errors.Error: error_answer, HTTPException: http_answer},
     )
     app.state.service = service
     return app
 
 
-class Service:
-    """What the routes share: the session, the line before it, and the counters."""
+class Service(Door):
+    """A model that writes text, or a sentence encoder: OpenAI's routes."""
 
     def __init__(
         self, session: Session, artifact: Artifact, report: Report | None, queue: int, max_tokens: int, max_body: int
     ) -> None:
-        self.session, self.task, self.model = session, artifact.task, artifact.name
-        self.max_tokens, self.max_body = max_tokens, max_body
-        self.created = int(artifact.main.stat().st_mtime)
-        self.context = min(self.task.max_length, int(session.facts.get("context", self.task.max_length)))
-        self.known = facts(session, artifact, report, self.context)
-        self.writes = self.task.kind == "text-generation"
+        length = artifact.task.max_length
+        self.context = min(length, int(session.facts.get("context", length)))
+        super().__init__(session, artifact, report, queue, max_body, self.context)
+        self.max_tokens, self.writes = max_tokens, self.task.kind == "text-generation"
+        self.page = "index.html" if self.writes else "similarity.html"
         self.tokenizer = self.task.tokenizer
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.defaults = own_sampling(self.task)
         self.known["defaults"] = {"max_tokens": max_tokens, **self.defaults}
-        self.line = Line(queue)
         self.writer, self.embedder = Writer(session, self.task), Embedder(session, self.task)
-        self.metrics = Metrics({"model": self.model, "format": artifact.format, **session.facts})
-        self.metrics.queue.set_function(lambda: self.line.inside)
-        self.metrics.places.set(queue)
-        self.started = self.draining = False
 
-    @asynccontextmanager
-    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """Ready while inside; afterwards the worker threads are gone."""
+    def routes(self) -> list[Route | Mount]:
+        """OpenAI's, and those of every model."""
+        return [
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.complete, methods=["POST"]),
+            Route("/v1/embeddings", self.embeddings, methods=["POST"]),
+            *super().routes(),
+        ]
+
+    async def open(self) -> None:
+        """Begin to collect sentences."""
         self.embedder.start()
-        self.started = True
-        yield
-        self.started = False
+
+    async def close(self) -> None:
+        """Stop the worker threads."""
         await self.writer.close()
         await self.embedder.close()
+        await super().close()
+
+    def halt(self) -> None:
+        """End running answers at their next token."""
+        self.writer.halt()
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -165,60 +165,12 @@ class Service:
             vectors = await until_gone(request, self.embedder.embed(rows))
         return JSONResponse(openai.embeddings(self.model, vectors, packed, read))
 
-    async def models(self, request: Request) -> Response:
-        """GET /v1/models and /v1/models/NAME."""
-        model = {"id": self.model, "object": "model", "created": self.created, "owned_by": "wherry"}
-        if "name" in request.path_params:
-            self._named(request.path_params["name"])
-            return JSONResponse(model)
-        return JSONResponse({"object": "list", "data": [model]})
-
-    async def facts(self, request: Request) -> Response:
-        """GET /v1/wherry/facts."""
-        return JSONResponse(self.known)
-
-    async def live(self, request: Request) -> Response:
-        """GET /health/live: the process answers."""
-        return JSONResponse({"status": "live"})
-
-    async def ready(self, request: Request) -> Response:
-        """GET /health/ready: requests are taken."""
-        if self.started and not self.draining:
-            return JSONResponse({"status": "ready", "model": self.model})
-        return JSONResponse({"status": "draining" if self.draining else "loading"}, 503)
-
-    async def scrape(self, request: Request) -> Response:
-        """GET /metrics."""
-        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    async def page(self, request: Request) -> Response:
-        """GET /: the page for people."""
-        return FileResponse(WEB / ("index.html" if self.writes else "similarity.html"))
-
     async def _body(self, request: Request) -> dict[str, Any]:
         """The body as an object, and a check of what every request needs."""
-        if self.draining:
-            raise HTTPException(
-                503, "the server is shutting down; send the request to another one", {"retry-after": "5"}
-            )
-        raw, size = bytearray(), 0
-        async for part in request.stream():
-            size += len(part)
-            if size <= self.max_body:
-                raw += part
-            elif size > 8 * self.max_body:  # up to here it is read and dropped, so that the client hears the answer
-                break
-        if size > self.max_body:
-            raise HTTPException(413, f"the body is larger than {self.max_body} bytes, the limit; send it in parts")
-        body = openai.parse(bytes(raw))
+        body = openai.parse(await self.raw(request))
         if body.get("model") is not None:
-            self._named(body["model"])
+            self.named(body["model"])
         return body
-
-    def _named(self, name: Any) -> None:
-        if name != self.model:
-            shown = f"{name}"[:80]
-            raise NoSuchModel(f"there is no model '{shown}' here; this server has '{self.model}'")
 
     def _needs(self, right: bool, otherwise: str) -> None:
         if not right:

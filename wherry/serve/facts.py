@@ -14,7 +14,8 @@ from wherry.task import Task
 # measures of a report that are shown, in this order
 PROOF = (
     "bytes", "perplexity", "perplexity ratio", "kl", "top-1 agreement", "spearman", "spearman difference",
-    "embedding agreement", "prefill", "decode", "sentences", "peak memory",
+    "embedding agreement", "accuracy", "top-5 accuracy", "macro f1", "token f1", "map", "frame f1",
+    "relative difference", "latency", "examples", "prefill", "decode", "sentences", "peak memory",
 )  # fmt: skip
 
 

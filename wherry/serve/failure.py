@@ -63,10 +63,15 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     return status, {"error": {"message": message, "type": kind, "param": param, "code": word}}, headers
 
 
+def worded(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The body as the protocol of that path has it: OpenAI's object, or below /v2 the message alone."""
+    return {"error": body["error"]["message"]} if path.startswith("/v2") else body
+
+
 def error_answer(request: Request, error: Exception) -> JSONResponse:
     """An error of a route as its answer."""
     status, body, headers = describe(error)
-    return JSONResponse(body, status, headers)
+    return JSONResponse(worded(request.url.path, body), status, headers)
 
 
 def http_answer(request: Request, error: Exception) -> JSONResponse:
@@ -75,7 +80,7 @@ def http_answer(request: Request, error: Exception) -> JSONResponse:
     allowed = (getattr(error, "headers", None) or {}).get("Allow")
     path = request.url.path[:80]
     if status == 404:
-        error = HTTPException(404, f"there is nothing at {path}; the API is below /v1, the page is at /")
+        error = HTTPException(404, f"there is nothing at {path}; the API is below /v1 and /v2, the page is at /")
     elif status == 405:
         error = HTTPException(405, f"{path} does not take {request.method}; use {allowed}", {"Allow": str(allowed)})
     return error_answer(request, error)
@@ -84,8 +89,8 @@ def http_answer(request: Request, error: Exception) -> JSONResponse:
 class Watch:
     """ASGI layer around every request: headers, counters, and an answer for errors that nobody expected."""
 
-    def __init__(self, app: ASGIApp, metrics: "Metrics") -> None:
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: "Metrics", model: str) -> None:
+        self.app, self.metrics, self.model = app, metrics, model
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -107,8 +112,9 @@ class Watch:
         except Exception as error:
             code, body, headers = describe(error)
             if not status:
-                await JSONResponse(body, code, headers)(scope, receive, sent)
+                await JSONResponse(worded(scope["path"], body), code, headers)(scope, receive, sent)
         finally:
-            route = scope["path"] if "endpoint" in scope and not scope.get("path_params") else "other"
+            known = "endpoint" in scope and set(scope.get("path_params", {}).values()) <= {self.model}
+            route = scope["path"] if known else "other"
             self.metrics.requests.labels(route, str(status)).inc()
             self.metrics.seconds.labels(route).observe(time.perf_counter() - start)

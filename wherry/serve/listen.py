@@ -102,7 +102,7 @@ class Server(uvicorn.Server):
         if self.service.draining:
             late_s = time.monotonic() - self.until
             if late_s > 0:
-                self.service.writer.halt()
+                self.service.halt()
             self.should_exit = not self.service.line.inside or late_s > 2
         return await super().on_tick(counter)
 

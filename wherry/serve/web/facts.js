@@ -5,7 +5,9 @@ const LABELS = {
   "top-1 agreement": "Same next token", spearman: "Spearman",
   "spearman difference": "Spearman, change",
   "embedding agreement": "Cosine with the original", prefill: "Reading speed", decode: "Writing speed",
-  sentences: "Speed", "peak memory": "Peak memory",
+  sentences: "Speed", "peak memory": "Peak memory", accuracy: "Accuracy", "top-5 accuracy": "Top-5 accuracy",
+  "macro f1": "Macro F1", "token f1": "Token F1", map: "mAP", "frame f1": "Frame F1", examples: "Speed", latency: "Latency",
+  "relative difference": "Outputs, difference",
 };
 
 export function make(tag, text = "", name = "") {
@@ -41,7 +43,8 @@ export async function show() {
     ["Parameters", model.params ? millions(model.params) : ""],
     ["Stored as", model.schemes.map((s) => `${s.scheme.replace(",", ", ")} (${s.tensors} tensor${s.tensors === 1 ? "" : "s"})`).join("; ")],
     ["Recipe", model.recipe],
-    ["Context", `${model.context.toLocaleString("en")} tokens`],
+    ["Context", model.context ? `${model.context.toLocaleString("en")} tokens` : ""],
+    ["Labels", model.labels ? model.labels.toLocaleString("en") : ""],
     ["Runtime", [runtime.runtime, runtime.version ?? runtime[runtime.runtime]].filter(Boolean).join(", ")],
     ["Processor", [runtime.isa, runtime.threads && `${runtime.threads} thread${runtime.threads === "1" ? "" : "s"}`].filter(Boolean).join(", ")],
     ["Licence", model.license],

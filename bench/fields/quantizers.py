@@ -66,7 +66,9 @@ def _onnxruntime(name: str, graph: Path, feeds: list[Feeds], target: Path) -> No
 
     if name == DYNAMIC:
         weights = quantization.QuantType.QInt8
-        quantization.quantize_dynamic(str(graph), str(target), per_channel=True, weight_type=weights)
+        copy = Path(shutil.copyfile(graph, target.with_suffix(".plain")))  # it writes beside the graph that it reads
+        quantization.quantize_dynamic(str(copy), str(target), per_channel=True, weight_type=weights)
+        copy.unlink()
         return
     plain = target.with_suffix(".plain")
     quant_pre_process(str(graph), str(plain), skip_symbolic_shape=True)

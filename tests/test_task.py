@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from wherry import data
-from wherry.errors import BadInput, Corrupt, Unsupported
+from wherry.errors import BadInput, Corrupt, Missing, Unsupported
 from wherry.task import KINDS, Task
 
 PICTURE = {"size": [8, 12], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.5]}
@@ -139,3 +139,67 @@ def test_examples_are_two_that_can_be_prepared(tiny_bert):
     assert sound.prepare(sound.examples())["x"].shape == (2, 16000)
     with pytest.raises(Unsupported, match="arrays by input name"):
         task("feature-extraction").examples()
+
+
+def classifier(folder: Path, **config) -> Task:
+    return Task.of(folder, {"architectures": ["BertForSequenceClassification"], **config})
+
+
+def test_a_classifier_is_known_by_its_architecture(tiny_bert):
+    found = classifier(tiny_bert, id2label={"1": "good", "0": "bad", "2": "so-so"}, max_position_embeddings=514)
+    assert found.kind == "text-classification"
+    assert found.labels == ("bad", "good", "so-so")
+    assert found.max_length == 256  # the tokenizer's, which is less
+    assert found.inputs == ("input_ids", "attention_mask")
+    assert classifier(tiny_bert, type_vocab_size=2).inputs[2:] == ("token_type_ids",)
+    assert classifier(tiny_bert).labels == ("LABEL_0", "LABEL_1")
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "said"),
+    [
+        ({"id2label": {"0": "a", "2": "b"}}, Corrupt, "not 0, 1, 2"),
+        ({"id2label": ["a", "b"]}, Corrupt, "id2label"),
+        ({"id2label": {"x": "a"}}, Corrupt, "id2label"),
+        ({"id2label": {"0": "score"}}, Unsupported, "a regression"),
+        ({"problem_type": "multi_label_classification"}, Unsupported, "one label of several"),
+        ({"architectures": ["ViTForImageClassification"]}, Missing, "preprocessor_config.json"),
+    ],
+)
+def test_classifiers_that_are_refused(tiny_bert, config, kind, said):
+    with pytest.raises(kind, match=said):
+        classifier(tiny_bert, **config)
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("ViTImageProcessorPil", {"size": {"height": 24, "width": 32}}),
+        ("ViTImageProcessorPil", {"size": {"height": 24, "width": 24}, "resample": 3, "do_normalize": False}),
+        ("ViTImageProcessorPil", {"size": {"height": 9, "width": 9}, "rescale_factor": 0.01, "image_std": [1, 2, 3]}),
+        ("ConvNextImageProcessorPil", {"size": {"shortest_edge": 28}}),
+        ("ConvNextImageProcessorPil", {"size": {"shortest_edge": 384}, "resample": 2}),
+        ("CLIPImageProcessorPil", {"size": {"shortest_edge": 30}, "crop_size": {"height": 20, "width": 20}}),
+        ("DeiTImageProcessorPil", {"size": {"height": 30, "width": 30}, "crop_size": {"height": 20, "width": 20}}),
+    ],
+)
+@pytest.mark.parametrize("shape", [(37, 50, 3), (61, 40, 3)])
+def test_pictures_become_what_transformers_makes_of_them(tmp_path, name, facts, shape):
+    import transformers
+
+    maker = getattr(transformers, name)(**facts)
+    maker.save_pretrained(tmp_path)
+    config = {"architectures": ["ViTForImageClassification"]}
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    made = Task.of(tmp_path, config).prepare([pixels])["pixel_values"]
+    expected = np.asarray(maker(pixels)["pixel_values"])
+    assert made.shape == expected.shape
+    np.testing.assert_allclose(made, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("facts", [{"size": {"shortest_edge": 30}, "do_center_crop": False}, {}, {"do_pad": True},
+                                   {"size": {"height": 8, "width": 8}, "resample": 5}])  # fmt: skip
+def test_processors_that_are_not_made_here(tmp_path, facts):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(facts))
+    with pytest.raises(Unsupported, match="preprocessor_config.json"):
+        Task.of(tmp_path, {"architectures": ["ViTForImageClassification"]})

@@ -24,11 +24,10 @@ import torch
 
 from wherry.errors import BadInput, Diverged, Missing, Unsupported
 from wherry.journal import remove_empty, vacant
-from wherry.report import Report
-from wherry.task import Task
+from wherry.report import Report, read_object
+from wherry.task import CLASSIFIERS, Task
 
 DIFFERENCE_MOST = 1e-3  # relative RMS between torch and ONNX Runtime: 1e-6 is usual
-CLASSES = {"ForSequenceClassification": "text-classification", "ForImageClassification": "image-classification"}
 Inputs = Mapping[str, torch.Tensor] | Sequence[torch.Tensor] | torch.Tensor
 OPSET = 21
 
@@ -259,53 +258,29 @@ def folder(path: str | Path, out: str | Path) -> Report:
 
     Raises Unsupported for architectures that are compressed as they are (language models) or are not known.
     """
-    from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+    from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
     from wherry.checkpoint import Checkpoint
 
     path = Path(path)
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    architecture = (config.architectures or ["?"])[0]
-    kind = next((kind for end, kind in CLASSES.items() if architecture.endswith(end)), None)
-    if kind is None:
+    task = Task.of(path, read_object(path / "config.json"))
+    if task.kind not in CLASSIFIERS.values():
         checkpoint = Checkpoint.open(path)
         if checkpoint.task.kind != "sentence-similarity":
-            raise Unsupported(f"{architecture} is compressed as it is: wherry compress {path} -o OUT")
-        task, module = checkpoint.task, checkpoint.module()
+            raise Unsupported(f"{path} is compressed as it is: wherry compress {path} -o OUT")
         inputs = {name: torch.from_numpy(array) for name, array in task.batch(task.examples()).items()}
-        return capture(First(module, "last_hidden_state"), out, inputs, task, sequence(inputs), ["last_hidden_state"])
-    names_of = dict(config.id2label or {})
-    labels = tuple(names_of[i] for i in sorted(names_of))
-    if kind == "image-classification":
-        task = Task(kind, path, inputs=("pixel_values",), labels=labels, processor=pictures(path, config))
-        size = task.processor["size"]
-        module = AutoModelForImageClassification.from_pretrained(path, local_files_only=True, use_safetensors=True)
-        images = {"pixel_values": torch.randn(2, int(getattr(config, "num_channels", 3)), *size)}
-        return capture(First(module, "logits"), out, images, task, outputs=["logits"])
-    names = ("input_ids", "attention_mask") + (("token_type_ids",) if getattr(config, "type_vocab_size", 0) else ())
-    task = Task(kind, path, max_length=config.max_position_embeddings, inputs=names, labels=labels)
-    module = AutoModelForSequenceClassification.from_pretrained(path, local_files_only=True, use_safetensors=True)
-    inputs = {name: torch.from_numpy(array) for name, array in task.batch(task.examples()).items()}
-    return capture(First(module, "logits"), out, inputs, task, sequence(inputs), ["logits"])
+        module = First(checkpoint.module(), "last_hidden_state")
+        return capture(module, out, inputs, task, sequence(inputs), ["last_hidden_state"])
+    text = task.kind == "text-classification"
+    loader: Any = AutoModelForSequenceClassification if text else AutoModelForImageClassification
+    module = loader.from_pretrained(path, local_files_only=True, use_safetensors=True)
+    inputs = {name: torch.from_numpy(array) for name, array in task.prepare(task.examples()).items()}
+    return capture(First(module, "logits"), out, inputs, task, sequence(inputs) if text else None, task.outputs)
 
 
 def sequence(inputs: Mapping[str, torch.Tensor]) -> dict[str, dict[int, str]]:
     """The second axis of each input, free."""
     return {name: {1: "sequence"} for name in inputs}
-
-
-def pictures(path: Path, config: Any) -> dict[str, Any]:
-    """How pictures become inputs, from preprocessor_config.json."""
-    from wherry.report import read_object
-
-    file = path / "preprocessor_config.json"
-    facts = read_object(file) if file.exists() else {}
-    size = facts.get("crop_size") or facts.get("size") or getattr(config, "image_size", 224)
-    if isinstance(size, dict):
-        size = size.get("height") or size.get("shortest_edge")
-    extents = [int(n) for n in size] if isinstance(size, list | tuple) else [int(size or 224)] * 2
-    mean, std = (list(facts.get(key) or [0.5] * 3) for key in ("image_mean", "image_std"))
-    return {"size": extents, "mean": mean, "std": std}
 
 
 class First(torch.nn.Module):

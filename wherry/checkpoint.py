@@ -15,7 +15,7 @@ from wherry.errors import BadInput, Corrupt, Missing, Unsupported
 from wherry.locate import license_of, locate, name_of
 from wherry.report import read_object
 from wherry.scheme import QTensor, Scheme
-from wherry.task import Task
+from wherry.task import CLASSIFIERS, Task
 from wherry.tensorfile import TensorFile
 
 INDEX = "model.safetensors.index.json"
@@ -292,6 +292,11 @@ class Checkpoint:
         import accelerate
         from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSpeechSeq2Seq
 
+        if self.task.kind in CLASSIFIERS.values():
+            raise Unsupported(
+                f"{self.path}: a classifier is compressed and run as a graph.\n"
+                f"wherry capture {self.path} -o GRAPH, then GRAPH in its place."
+            )
         builders = {"text-generation": AutoModelForCausalLM, "automatic-speech-recognition": AutoModelForSpeechSeq2Seq}
         builder = builders.get(self.task.kind, AutoModel)
         config = self.hf_config

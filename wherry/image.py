@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from wherry.errors import BadInput
+from wherry.errors import BadInput, Unsupported
 from wherry.shelf import missing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -147,6 +147,47 @@ def numbers(picture: Any, processor: dict[str, Any]) -> np.ndarray:
     if layout not in ("NCHW", "NHWC"):
         raise BadInput(f"the processor's layout '{layout}' is not known: NCHW or NHWC")
     return np.ascontiguousarray(array.transpose(2, 0, 1) if layout == "NCHW" else array)
+
+
+METHODS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box"}  # Pillow's numbers
+FOREIGN = ("do_flip_channel_order", "do_pad", "rescale_offset", "do_convert_grayscale", "do_random_crop")
+
+
+def processor(facts: dict[str, Any], channels: int = 3) -> dict[str, Any]:
+    """A task's processor from the preprocessor_config.json of transformers.
+
+    Raises:
+        Unsupported: a step that is not made here, or pictures that would be of many sizes.
+    """
+    if used := [name for name in FOREIGN if facts.get(name)]:
+        raise Unsupported(f"preprocessor_config.json asks for {used[0]}, which is not made here: write a task.json")
+    if facts.get("resample", 2) not in METHODS:
+        raise Unsupported(f"preprocessor_config.json: resampling {facts['resample']} is not known here")
+    size, crop = _extents(facts.get("size")), _extents(facts.get("crop_size"))
+    cropped = facts.get("do_center_crop", crop is not None)
+    made: dict[str, Any] = {"interpolation": METHODS[facts.get("resample", 2)]}
+    if isinstance(size, int) and facts.get("crop_pct"):  # ConvNeXT and ResNet: larger, then the centre
+        made |= {"size": [size, size]}
+        made |= {"resize": int(size / facts["crop_pct"]), "crop": True} if size < 384 else {}
+    elif cropped and crop:
+        made |= {"size": [crop, crop] if isinstance(crop, int) else crop, "crop": True}
+        made |= {"resize": size} if size and facts.get("do_resize", True) else {}
+    elif isinstance(size, list) or isinstance(facts.get("size"), int):
+        made |= {"size": size if isinstance(size, list) else [size, size]}
+    if "size" not in made or not facts.get("do_resize", True) and not made.get("crop"):
+        raise Unsupported("preprocessor_config.json makes pictures of many sizes; a graph has one: write a task.json")
+    if facts.get("do_normalize", True):
+        made |= {key: list(facts.get(f"image_{key}") or [0.5] * channels) for key in ("mean", "std")}
+    made["scale"] = float(facts.get("rescale_factor", 1 / 255)) if facts.get("do_rescale", True) else 1.0
+    return made | ({"mode": "L"} if channels == 1 else {})
+
+
+def _extents(value: Any) -> Any:
+    """Size as [height, width], or a whole number: the shorter side (or, as a number alone, both)."""
+    if isinstance(value, dict):
+        both = value.get("height"), value.get("width")
+        return list(both) if all(both) else value.get("shortest_edge")
+    return list(value) if isinstance(value, tuple | list) else value
 
 
 def prepare(examples: Sequence[Any], processor: dict[str, Any]) -> np.ndarray:

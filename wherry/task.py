@@ -32,6 +32,7 @@ KINDS = {
     "translation": ("bleu", "chrf", "rouge-l", "exact match"),
     "feature-extraction": ("relative difference",),
 }
+CLASSIFIERS = {"ForSequenceClassification": "text-classification", "ForImageClassification": "image-classification"}
 WRITES = ("automatic-speech-recognition", "translation")  # an encoder and a decoder that writes ids one by one
 WRITER_KEYS = ("start", "most", "suppress")
 MODALITIES = {
@@ -107,9 +108,7 @@ class Task:
 
         file = self.folder / "tokenizer.json"
         if not file.exists():
-            raise Missing(
-                f"{self.folder} has no tokenizer.json.\nSave one with AutoTokenizer(...).save_pretrained."
-            )
+            raise Missing(f"{self.folder} has no tokenizer.json.\nSave one with AutoTokenizer(...).save_pretrained.")
         try:
             return Tokenizer.from_file(str(file))
         except Exception as error:  # the only class that the tokenizers package raises
@@ -336,6 +335,9 @@ class Task:
         architecture = str((config.get("architectures") or ["?"])[0])
         if architecture.endswith("ForCausalLM"):
             return cls("text-generation", folder, max_length=config.get("max_position_embeddings", 2048))
+        for end, kind in CLASSIFIERS.items():
+            if architecture.endswith(end):
+                return cls.of_classifier(kind, folder, config)
         if (folder / "modules.json").exists() or architecture.endswith("Model"):
             pooling, length = "mean", config.get("max_position_embeddings", 512)
             if (folder / "1_Pooling" / "config.json").exists():
@@ -348,8 +350,38 @@ class Task:
             return cls("sentence-similarity", folder, length, pooling, "Normalize" in modules, names)
         raise Unsupported(
             f"{folder}: architecture {architecture} has no task here yet.\n"
-            f"Text generation and sentence similarity have; write a task.json if it is one of these."
+            f"Text generation, sentence similarity and classifiers have; write a task.json if it is one of these."
         )
+
+    @classmethod
+    def of_classifier(cls, kind: str, folder: Path, config: dict[str, Any]) -> "Task":
+        """The task of a transformers folder of one label per text or picture; labels from id2label.
+
+        Raises Unsupported for several labels at once and for regression; Missing without preprocessor_config.json.
+        """
+        names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+        try:
+            labels = tuple(str(names[key]) for key in sorted(names, key=int))
+            if [int(key) for key in sorted(names, key=int)] != list(range(len(names))):
+                raise ValueError("its numbers are not 0, 1, 2, ...")
+        except (ValueError, TypeError) as error:
+            raise Corrupt(f"{folder / 'config.json'}: id2label does not number the labels: {error}") from error
+        problem = config.get("problem_type") or "single_label_classification"
+        if problem != "single_label_classification" or len(labels) < 2:
+            what = problem if len(labels) > 1 else "one output, a regression"
+            raise Unsupported(f"{folder}: {what}; classification here means one label of several")
+        if kind == "image-classification":
+            file = folder / "preprocessor_config.json"
+            if not file.exists():
+                raise Missing(
+                    f"{folder} has no preprocessor_config.json.\nSave it: AutoImageProcessor.save_pretrained."
+                )
+            made = image.processor(read_object(file), int(config.get("num_channels", 3)))
+            return cls(kind, folder, inputs=("pixel_values",), outputs=("logits",), labels=labels, processor=made)
+        inputs = ("input_ids", "attention_mask") + (("token_type_ids",) if config.get("type_vocab_size") else ())
+        task = cls(kind, folder, inputs=inputs, outputs=("logits",), labels=labels)
+        limits = (config.get("max_position_embeddings", 512), task.tokenizer_config.get("model_max_length"))
+        return replace(task, max_length=int(min(limit for limit in limits if limit)))
 
 
 def _token_text(token: Any) -> str:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 import wave
 
 import httpx
@@ -14,6 +15,7 @@ from PIL import Image
 
 import wherry
 from wherry.choose import artifacts, open_session
+from wherry.errors import Unsupported
 from wherry.serve.app import create_app, serving
 from wherry.shelf import find
 from wherry.task import Task
@@ -159,6 +161,61 @@ def refused(answer, status, *words):
         assert word in message
     assert "Traceback" not in message
     return message
+
+
+def write_classifier(folder, kind):
+    """A random transformers classifier as save_pretrained leaves it."""
+    from transformers import BertConfig, BertForSequenceClassification, ResNetConfig, ResNetForImageClassification
+    from transformers import ConvNextImageProcessorPil as Processor
+
+    torch.manual_seed(3)
+    if kind == "text":
+        config = BertConfig(
+            vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+            max_position_embeddings=96, id2label={0: "dull", 1: "fine", 2: "splendid"}, initializer_range=0.5,
+        )  # fmt: skip
+        model = BertForSequenceClassification(config)
+    else:
+        config = ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label={0: "cat", 1: "cup"}
+        )
+        model = ResNetForImageClassification(config)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):  # buffers must come along
+                module.running_mean.uniform_(-1, 1)
+                module.running_var.uniform_(0.5, 2)
+        Processor(size={"shortest_edge": 32}, crop_pct=0.875).save_pretrained(folder)
+    model.eval().save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["text", "picture"])
+def test_a_transformers_classifier_from_its_folder_to_its_answer(tmp_path, tiny_bert, kind):
+    """Captured, served, asked; against transformers' own module and processor."""
+    from transformers import ConvNextImageProcessorPil as Processor
+
+    source, graph = tmp_path / "source", tmp_path / "graph"
+    model = write_classifier(source, kind)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny_bert / name, source / name)
+    with pytest.raises(Unsupported, match="wherry capture"):  # a classifier without its head would be nonsense
+        wherry.compress(source, tmp_path / "out", "rtn:scheme=W8A16,group_size=-1")
+    wherry.capture(source, graph)
+    session, artifact, _ = open_session(graph, "onnxruntime", 1)
+    with serving(create_app(session, artifact)) as url:
+        if kind == "text":
+            found = httpx.post(f"{url}/v1/answer", json={"input": "A quiet delight."}).json()["answers"][0]
+            inputs = {k: torch.from_numpy(v) for k, v in artifact.task.prepare(["A quiet delight."]).items()}
+        else:
+            noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+            noise.save(file := io.BytesIO(), "PNG")
+            answer = httpx.post(f"{url}/v1/answer", content=file.getvalue(), headers={"content-type": "image/png"})
+            found = answer.json()["answers"][0]
+            inputs = Processor.from_pretrained(source)(noise, return_tensors="pt")
+    with torch.no_grad():
+        p = model(**inputs).logits.softmax(-1)[0]
+    expected = {model.config.id2label[i]: pytest.approx(float(p[i]), abs=1e-4) for i in range(len(p))}
+    assert {one["label"]: one["probability"] for one in found["labels"]} == expected
 
 
 # -- raw examples -------------------------------------------------------------------------------------------------

@@ -320,16 +320,18 @@ def measure(artifact: str | Path, runtime: str = "auto", threads: int = 0, progr
 def serve(
     artifact: str | Path, host: str = "127.0.0.1", port: int = 8000, runtime: str = "auto", threads: int = 0
 ) -> None:
-    """Serve an artifact until Ctrl-C or SIGTERM: OpenAI-compatible API, metrics, and a page at /."""
+    """Serve an artifact until Ctrl-C or SIGTERM: an API for its task, metrics, and a page at /."""
+    from wherry import judge
     from wherry.serve.app import create_app
     from wherry.serve.listen import check_port, run
 
     check_port(host, port)
-    session, opened, chosen = open_session(artifact, runtime, threads)
+    found = judge.opened(artifact, runtime, threads)
+    session, opened = found.session, judge.whole(found, Path(artifact))
     reports = [folder / "report.json" for folder in (opened.path, opened.path.parent)]  # exports lie inside of a run
     report = next((Report.load(file) for file in reports if file.is_file()), Report())
     try:
-        run(create_app(session, opened, report.extend(chosen)), host, port)
+        run(create_app(session, opened, report.extend(found.chosen)), host, port)
     finally:
         session.close()
 

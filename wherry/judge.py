@@ -55,6 +55,14 @@ def opened(path: str | Path, runtime: str = "auto", threads: int = 0) -> Opened:
     return Opened(Writer(sessions[0], sessions[1], task, masked), task, Path(path).name, total, None, chosen)
 
 
+def whole(found: Opened, path: Path) -> Artifact:
+    """The artifact of a model; the two halves of one that writes as one, for a server's facts."""
+    if found.artifact is not None:
+        return found.artifact
+    fields = {"format": "onnx", "main": ".", "model": found.name, "plan": [], "task": found.task.to_dict()}
+    return Artifact(path, {**fields, "files": {".": {"bytes": found.bytes, "sha256": ""}}})
+
+
 def _halves(path: Path) -> list[Path]:
     """The encoder and the decoder of a folder for a task that writes; empty for any other."""
     file = path / "task.json"

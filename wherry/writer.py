@@ -30,6 +30,13 @@ class Writer:
     task: Task
     masked: bool = True
 
+    grade = "C"
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Of the encoder's session; the decoder's is the same runtime."""
+        return self.encoder.facts
+
     def write(self, inputs: dict[str, np.ndarray]) -> list[str]:
         """The answer to each example of a batch of encoder inputs, as text."""
         special = set(self.start) | set(self.task.stop)

@@ -271,6 +271,26 @@ def test_an_encoder_and_a_decoder_write(tmp_path, layout):
     assert same.get("bytes").value > 0
 
 
+@pytest.mark.parametrize("layout", ["files", "folders"])
+def test_an_encoder_and_a_decoder_are_served(tmp_path, layout):
+    import httpx
+
+    from wherry.choose import open_session
+    from wherry.serve.app import create_app, serving
+
+    model = write_speller(tmp_path / "model", layout)
+    found = judge.opened(model, "onnxruntime", 1)
+    with serving(create_app(found.session, judge.whole(found, model))) as url:
+        answer = httpx.post(f"{url}/v1/answer", json={"input": ["three", "two two one"]}).json()
+        assert answer["answers"] == [{"text": "three"}, {"text": "two two one"}]
+        assert httpx.get(f"{url}/v1/wherry/facts").json()["model"]["bytes"] > 0
+        assert httpx.post(f"{url}/v2/models/model/infer", json={}).status_code == 400
+    if layout == "folders":
+        half, artifact, _ = open_session(model / "encoder", "onnxruntime", 1)
+        with pytest.raises(Unsupported, match="one half of a model"):
+            create_app(half, artifact)
+
+
 def test_a_folder_that_writes_without_its_halves(tmp_path):
     write_task(tmp_path / "model", "translation", processor={"start": [1]})
     with pytest.raises(Missing, match=r"encoder_model\.onnx and decoder_model\.onnx"):

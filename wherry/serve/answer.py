@@ -6,6 +6,7 @@
     token-classification                  {"words": [{"word", "label"}, ...]}
     object-detection                      {"boxes": [{"box": [x0, y0, x1, y1] in pixels, "label", "score"}, ...]}
     voice-activity-detection              {"speech": [{"start", "end"} in seconds, ...]}
+    automatic-speech-recognition, translation   {"text"}
     feature-extraction                    {"output": nested lists}; of models that take arrays: /v2 alone
 
 Probabilities are the softmax of the scores, unless these are probabilities already, which the answer says; a model with
@@ -28,6 +29,7 @@ from wherry.serve.door import Door
 from wherry.session import Session
 from wherry.shelf import find
 from wherry.task import WRITES, Task
+from wherry.writer import Writer
 
 CLASSES = ("text-classification", "image-classification", "audio-classification")
 SUM = 0.02  # scores that are all in [0, 1] and sum to 1 within this are probabilities; an int8 softmax is a bit off
@@ -38,10 +40,14 @@ FAMILIES = {"token-classification": "tagging", "object-detection": "detection", 
 class Answers(Door):
     """A model that is run once per request."""
 
-    def __init__(self, session: Session, artifact: Artifact, report: Report | None, queue: int, max_body: int) -> None:
+    def __init__(
+        self, session: Session | Writer, artifact: Artifact, report: Report | None, queue: int, max_body: int
+    ) -> None:
         task = artifact.task
-        if task.kind in WRITES:
-            raise Unsupported(f"{artifact.name}: {task.kind} is not served yet; wherry evaluate runs it")
+        if task.kind in WRITES and not isinstance(session, Writer):
+            raise Unsupported(
+                f"{artifact.name} is one half of a model for {task.kind}: serve the folder of both halves"
+            )
         super().__init__(session, artifact, report, queue, max_body, task.max_length if task.modality == "text" else 0)
         self.family = find("evaluate", FAMILIES[task.kind]) if task.kind in FAMILIES else None
         self.known["model"] |= {"modality": task.modality, "labels": len(task.labels)}
@@ -70,6 +76,8 @@ class Answers(Door):
             said = self.family.say(self.session, task, examples)
             return [TOLD[task.kind](answer, task, given) for answer, given in zip(said, examples, strict=True)]
         inputs = task.prepare(examples)
+        if isinstance(self.session, Writer):
+            return [{"text": text} for text in self.session.write(inputs)]
         outputs = self.session.predict(inputs)
         found = np.asarray(task.answer(outputs, inputs))  # of classes: checks that the labels fit
         if task.kind in CLASSES:

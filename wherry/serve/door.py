@@ -21,7 +21,6 @@ from wherry.serve.facts import facts
 from wherry.serve.failure import NoSuchModel
 from wherry.serve.metrics import Metrics
 from wherry.serve.work import Line
-from wherry.session import Session
 
 WEB = Path(__file__).parent / "web"
 T = TypeVar("T")
@@ -33,7 +32,7 @@ class Door:
     page = "answer.html"
 
     def __init__(
-        self, session: Session, artifact: Artifact, report: Report | None, queue: int, max_body: int, context: int
+        self, session: Any, artifact: Artifact, report: Report | None, queue: int, max_body: int, context: int
     ) -> None:
         self.session, self.task, self.model, self.format = session, artifact.task, artifact.name, artifact.format
         self.max_body = max_body

@@ -90,6 +90,8 @@ function display(answer) {
   } else if (answer.speech) {
     for (const one of answer.speech) rows.push(make("li", `${one.start.toFixed(2)} s to ${one.end.toFixed(2)} s`));
     note = answer.speech.length ? "Speech." : `No speech: the highest probability is ${answer.probability.toFixed(2)}.`;
+  } else if (answer.text !== undefined) {
+    rows.push(make("li", answer.text || "(nothing)", "answer"));
   } else if (answer.words) {
     for (const one of answer.words) rows.push(make("li", `${one.word}: ${one.label}`));
   } else {

@@ -47,9 +47,9 @@ def plan(model: str | Path, recipe: str | None = None, formats: tuple[str, ...] 
 
 def inspect(model: str | Path, target: str | None = None) -> Report:
     """Architecture, task, parameters, bytes, and how many tensors are stored in which way. Reads no weights."""
-    from wherry.describe import inspect as describe
+    from wherry.summary import inspect as summarize
 
-    return describe(model, target, default_recipe)
+    return summarize(model, target, default_recipe)
 
 
 def capture(model: Any, out: str | Path, example_inputs: Any = None, **options: Any) -> Report:

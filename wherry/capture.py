@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from wherry.errors import BadInput, Diverged, Missing, Unsupported
+from wherry.graph import tidy
 from wherry.journal import remove_empty, vacant
 from wherry.report import Report, read_object
 from wherry.task import CLASSIFIERS, Task
@@ -140,10 +141,11 @@ def draw(
         try:
             program = torch.onnx.export(
                 flattened, inputs, dynamo=True, dynamic_shapes=(shapes,), input_names=list(named), verbose=False,
-                output_names=list(outputs), opset_version=OPSET, optimize=True,
+                output_names=list(outputs), opset_version=OPSET, optimize=False,
             )  # fmt: skip
             assert program is not None
             rename(program.model.graph, axes)
+            tidy.tidy(program.model)
             program.save(str(file), external_data=True)
             return "torch.export"
         except Exception as error:  # torch.export fails with exceptions of many classes

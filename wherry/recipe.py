@@ -322,7 +322,9 @@ def in_graph(scheme: Scheme, role: str, step: Pass) -> tuple[Scheme, str]:
         )
     row = PRESETS["W8A16"].with_group(-1)
     if role == "convolution" and scheme.activations is not None:
-        return scheme, ""
+        if not scheme.activations.dynamic:
+            return scheme, ""
+        return row, f"{row}: dynamic int8 convolutions run several times slower than float on CPUs; take W8A8_STATIC"
     if role == "recurrent" and scheme.activations is not None:
         return row, f"no integer product of recurrent layers: {row}, computed in float"
     return row, "" if row == scheme else f"{row} in place of {scheme}: ONNX has no blocks for a {role} weight"

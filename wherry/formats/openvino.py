@@ -87,7 +87,7 @@ def converted(checkpoint: "Checkpoint", out: Path) -> Any:
         layer = model.layers[name]
         for i, value in enumerate(layer.node.inputs):
             if value is not None and source.stored_at(layer.node, i, value)[0] is layer.value:
-                floats = model.read(name).decode().numpy().reshape(source.stored_shape(layer, i))
+                floats = model.read(name).decode().numpy().reshape(source.extents(layer.value))
                 layer.node.replace_input_with(i, tidy.initializer(graph, f"{name}.decoded", floats))
     file = out / "float-recurrent.onnx"
     edit.write(model.model, file)

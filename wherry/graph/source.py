@@ -123,9 +123,11 @@ def outside(file: Path, tensor: onnx.TensorProto) -> None:
 def stored_at(node: ir.Node, i: int, value: ir.Value) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
     """(weight or codes, scales, zeros) behind input i of a node; scales None for a float weight."""
     source = value.producer()
-    if source is not None and source.op_type == "Reshape" and source.inputs[0] is not None:  # of recurrent weights
+    if source is not None and source.op_type == "Mul" and source.inputs[0] is not None:  # a weight computed in float
         inner = source.inputs[0].producer()
-        source = inner if inner is not None and inner.op_type == "DequantizeLinear" else source
+        codes = inner.inputs[0] if inner is not None and inner.op_type == "Cast" else None
+        if codes is not None and str(codes.name).endswith(CODES):
+            return codes, source.inputs[1], None
     if source is not None and source.op_type == "DequantizeLinear" and not tidy.attribute(source, "block_size", 0):
         codes, scales, *zeros = source.inputs
         if codes is not None and tidy.constant(codes) is not None:
@@ -136,14 +138,6 @@ def stored_at(node: ir.Node, i: int, value: ir.Value) -> tuple[ir.Value, ir.Valu
     if name.endswith(CODES) and value.graph is not None:
         return value, value.graph.initializers.get(name.removesuffix(CODES) + SCALES), None
     return value, None, None
-
-
-def stored_shape(layer: "Layer", i: int) -> tuple[int, ...]:
-    """Shape of a recurrent weight as its node reads it, through the Reshape behind its codes."""
-    value = layer.node.inputs[i]
-    producer = value.producer() if value is not None else None
-    shape = tidy.constant(producer.inputs[1]) if producer is not None and producer.op_type == "Reshape" else None
-    return extents(layer.value) if shape is None else tuple(int(n) for n in shape)
 
 
 def constant(value: ir.Value | None) -> np.ndarray:
@@ -210,7 +204,8 @@ class Graph:
                     base_dir=path.parent,
                 )  # fmt: skip
         self.opset = int(model.graph.opset_imports.get("", model.graph.opset_imports.get("ai.onnx", 0)))
-        self.quantized = any(node.op_type in QUANTIZED for node in model.graph)
+        coded = any(name.endswith(CODES) for name in model.graph.initializers)
+        self.quantized = coded or any(node.op_type in QUANTIZED for node in model.graph)
         if not self.quantized:
             tidy.tidy(model)
         self.find()
@@ -262,7 +257,7 @@ class Graph:
         if kind == "MatMulNBits" and i == 1:
             return Layer("linear", node, codes, (0, 1, 2), 1, scales, zeros)
         if kind in RECURRENT and i in (1, 2):
-            return Layer("recurrent", node, codes, tuple(range(rank)), rank - 1, scales, zeros)
+            return Layer("recurrent", node, codes, (0, 1, 2), 2, scales, zeros)
         if kind == "Gather" and i == 0 and rank == 2 and tidy.attribute(node, "axis", 0) == 0:
             return Layer("embedding", node, codes, (0, 1), 1, scales, zeros)
         return None

@@ -21,7 +21,8 @@ def tidy(model: ir.Model) -> None:
     common.InlinePass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     turn_weights(model.graph)
-    optimizer.fold_constants(model, input_size_limit=FOLD_MOST, output_size_limit=FOLD_MOST)
+    limits = {"input_size_limit": FOLD_MOST, "output_size_limit": FOLD_MOST}
+    optimizer.fold_constants(model, **limits, should_fold=lambda node: False if copies(node) else None)
     common.IdentityEliminationPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     drop(model.graph)
@@ -29,6 +30,12 @@ def tidy(model: ir.Model) -> None:
     pool_means(model.graph)
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)  # exporters' notes hold paths of the machine that wrote them
+
+
+def copies(node: ir.Node) -> bool:
+    """Whether folding would make a second copy of a weight: a tied head reads the table turned."""
+    value = node.inputs[0] if node.op_type == "Transpose" else None
+    return value is not None and value.const_value is not None and value.const_value.size > 64
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:

@@ -189,7 +189,7 @@ def decode(artifact: Artifact) -> Iterator[tuple[str, np.ndarray]]:
                 zeros = foreign.unpacked(zeros.reshape(facts["N"], -1), facts["bits"], steps.shape[1])
             yield name, foreign.blocked(codes, steps, zeros, facts["bits"], facts["block_size"])
             continue
-        node = onnx.helper.make_node("DequantizeLinear", ["x", "scales", "zeros"], ["y"], axis=layer.axis)
+        node = onnx.helper.make_node("DequantizeLinear", ["x", "scales", "zeros"], ["y"], axis=0)
         flat = scales.reshape(-1)
         constants = {"scales": flat, "zeros": np.zeros(len(flat), codes.dtype) if zeros is None else zeros.reshape(-1)}
-        yield name, layer.matrix(foreign.run(node, constants, codes))
+        yield name, foreign.run(node, constants, layer.matrix(codes))

@@ -100,9 +100,7 @@ def run(
             facts.append(fact(row, kept, kept, []))
     graph.opset_imports[""] = max(source.opset, 21)
     edit.write(source.model, result / "model.onnx")
-    dynamic = [
-        use for name, k in kinds.items() if k == "dynamic" for use in uses[name] if use.op_type != "ConvTranspose"
-    ]
+    dynamic = [use for name, k in kinds.items() if k == "dynamic" for use in uses[name]]
     return facts, len(places.layers) + len(dynamic)
 
 
@@ -183,13 +181,15 @@ def write(
     for name, q in results.items():
         layer = source.layers[name]
         if layer.role == "embedding":
-            draw.table(graph, name, layer, q)
-        elif layer.role == "recurrent":
-            draw.recurrent(graph, name, layer, q)
-        elif kinds[name] == "dynamic" and layer.node.op_type != "ConvTranspose":
+            if note := draw.table(graph, name, layer, q):
+                notes[name].append(note)
+        elif kinds[name] == "dynamic":
             draw.dynamic(graph, name, layer, q)
         elif isinstance(q.scheme.grain, Group):
             draw.blocked(graph, name, layer, q)
+        elif layer.node not in places.layers:
+            draw.folded(graph, name, layer, q, list(layer.value.uses()))
+            draw.detach(graph, layer.value)
         else:
             users = [use.node for use in layer.value.uses()]
             w_scale = tidy.constant(draw.weight(graph, name, layer, q))

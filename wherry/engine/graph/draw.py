@@ -1,8 +1,8 @@
 """Draw: put QuantizeLinear and DequantizeLinear into a graph where the plan and the places say.
 
     static    x -> Q -> DQ -> layer(., DQ(codes), DQ(int32 bias)) -> [Relu] -> Q -> DQ
-    dynamic   x -> DynamicQuantizeLinear -> MatMulInteger or ConvInteger -> Cast -> Mul(scales) -> Add(bias)
-    weights   layer(x, DQ(codes)), MatMulNBits for blocks; tables: Gather(codes) * Gather(scales)
+    dynamic   x -> DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul(scales) -> Add(bias), linear layers alone
+    weights   layer(x, float(codes) * scales), MatMulNBits for blocks; tables: Gather(codes) * Gather(scales)
 
 Activations are uint8 with a zero (what ONNX Runtime has kernels for), weights int8, symmetric, a scale per output.
 Source: the ONNX specification of these operators; Jacob et al. 2018 for the int32 bias at the product of scales.
@@ -108,40 +108,40 @@ def weight(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> ir.Value:
     return scale
 
 
-def recurrent(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> None:
-    """Weights of an LSTM, GRU or RNN [d, g * h, k]: their codes as one matrix, brought back to their shape."""
+def folded(graph: ir.Graph, name: str, layer: Layer, q: QTensor, users: list[Any]) -> None:
+    """Codes of a weight whose product is computed in float: times their scales, which runtimes fold when they load.
+
+    A DequantizeLinear would be kept for fusions that never come, and run at every call.
+    """
     shape = extents(layer.value)
-    users = list(layer.value.uses())
-    detach(graph, layer.value)
-    scales = q.scale.float().numpy().reshape(-1)
-    inputs = [edit.constant(graph, name + edit.CODES, q.code.numpy().astype(np.int8)),
-              edit.constant(graph, name + edit.SCALES, scales),
-              edit.constant(graph, name + edit.ZEROS, np.zeros(len(scales), np.int8))]  # fmt: skip
+    codes = layer.stored(q.code.numpy().astype(np.int8), shape)
+    scales = np.ones([shape[axis] if i < layer.rows else 1 for i, axis in enumerate(layer.order)], np.float32)
+    scales = np.transpose(scales * q.scale.float().numpy().reshape(scales.shape), np.argsort(layer.order))
+    inputs = [edit.constant(graph, name + edit.CODES, codes), edit.constant(graph, name + edit.SCALES, scales)]
     before = first(graph, users)
-    flat = edit.call(before, "DequantizeLinear", inputs, f"{name}/dequantize", axis=0)
-    whole = edit.call(before, "Reshape", [flat, edit.integers(graph, *shape)], f"{name}/shape")
+    floats = edit.call(before, "Cast", inputs[:1], f"{name}/float", to=ir.DataType.FLOAT)
+    whole = edit.call(before, "Mul", [floats, inputs[1]], f"{name}/dequantize")
     for use in users:
         use.node.replace_input_with(use.idx, whole)
 
 
-def table(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> None:
-    """An embedding: rows of codes times their scales."""
-    users = list(layer.value.uses())
+def table(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> str:
+    """An embedding: rows of codes times their scales. Returns a remark where others read it whole (a tied head)."""
+    users = [use for use in layer.value.uses() if not (use.node.op_type == "Gather" and use.idx == 0)]
+    if users:  # these get all rows decoded, once, when the runtime loads the file
+        folded(graph, name, layer, q, users)
+    else:
+        edit.constant(graph, name + edit.CODES, q.code.numpy())
+        edit.constant(graph, name + edit.SCALES, q.scale.float().numpy().reshape(len(q.code), -1))
+    codes, scales = (graph.initializers[name + part] for part in (edit.CODES, edit.SCALES))
+    for use in list(layer.value.uses()):
+        node, out = use.node, str(use.node.outputs[0].name)
+        rows = edit.call(node, "Gather", [codes, node.inputs[1]], f"{out}/codes", axis=0)
+        steps = edit.call(node, "Gather", [scales, node.inputs[1]], f"{out}/scales", axis=0)
+        floats = edit.call(node, "Cast", [rows], f"{out}/float", to=ir.DataType.FLOAT)
+        tidy.swap(graph, node, edit.call(node, "Mul", [floats, steps], f"{out}/table"), out)
     detach(graph, layer.value)
-    codes = edit.constant(graph, name + edit.CODES, q.code.numpy())
-    scales = edit.constant(graph, name + edit.SCALES, q.scale.float().numpy().reshape(len(q.code), -1))
-    for use in users:
-        node = use.node
-        ids = node.inputs[1]
-        rows = edit.call(node, "Gather", [codes, ids], f"{node.outputs[0].name}/codes", axis=0)
-        steps = edit.call(node, "Gather", [scales, ids], f"{node.outputs[0].name}/scales", axis=0)
-        floats = edit.call(node, "Cast", [rows], f"{node.outputs[0].name}/float", to=ir.DataType.FLOAT)
-        tidy.swap(
-            graph,
-            node,
-            edit.call(node, "Mul", [floats, steps], f"{node.outputs[0].name}/table"),
-            str(node.outputs[0].name),
-        )
+    return "the head that shares it is computed in float, from the same codes" if users else ""
 
 
 def biases(graph: ir.Graph, node: ir.Node, x_scale: float, w_scale: np.ndarray) -> str:
@@ -165,42 +165,25 @@ def biases(graph: ir.Graph, node: ir.Node, x_scale: float, w_scale: np.ndarray) 
 
 
 def dynamic(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> None:
-    """Products whose input's scale is found when they run, one for the whole input."""
-    shape = extents(layer.value)
+    """Linear layers whose input's scale is found when they run, one for the whole input."""
     users = list(layer.value.uses())
+    stored = layer.stored(q.code.numpy(), extents(layer.value))
     detach(graph, layer.value)
-    node = users[0].node
-    codes = edit.constant(graph, name + edit.CODES, dense(node, layer.stored(q.code.numpy(), shape)))
-    scales = q.scale.float().numpy().reshape(-1)
-    if node.op_type == "Conv":
-        scales = scales.reshape(-1, *[1] * (len(shape) - 2))
-    scale = edit.constant(graph, name + edit.SCALES, scales)
+    turned = layer.order == (0, 1)  # MatMulInteger reads [k, n]
+    codes = edit.constant(graph, name + edit.CODES, stored.T.copy() if turned else stored)
+    scale = edit.constant(graph, name + edit.SCALES, q.scale.float().numpy().reshape(-1))
     for use in users:
         node = use.node
         x, out = node.inputs[0], str(node.outputs[0].name)
-        quantized = edit.calls(node, "DynamicQuantizeLinear", [x], f"{out}/quantize", 3)
-        xq, x_scale, x_zero = quantized
-        if node.op_type == "Conv":
-            facts = {k: v.value for k, v in node.attributes.items()}
-            whole = edit.call(node, "ConvInteger", [xq, codes, x_zero], f"{out}/integer", **facts)
-        else:
-            whole = edit.call(node, "MatMulInteger", [xq, codes, x_zero], f"{out}/integer")
+        xq, x_scale, x_zero = edit.calls(node, "DynamicQuantizeLinear", [x], f"{out}/quantize", 3)
+        whole = edit.call(node, "MatMulInteger", [xq, codes, x_zero], f"{out}/integer")
         floats = edit.call(node, "Cast", [whole], f"{out}/float", to=ir.DataType.FLOAT)
         both = edit.call(node, "Mul", [x_scale, scale], f"{out}/steps")
         y = edit.call(node, "Mul", [floats, both], f"{out}/scaled")
-        bias = tidy.constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        old = node.inputs[2] if bias is not None else None
-        if bias is not None and old is not None:
-            flat = bias.reshape(-1, *[1] * (len(shape) - 2)) if node.op_type == "Conv" else bias
-            node.replace_input_with(2, None)
-            tidy.forget(graph, old)
-            y = edit.call(node, "Add", [y, tidy.initializer(graph, f"{old.name}.drawn", flat)], f"{out}/biased")
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is not None:
+            y = edit.call(node, "Add", [y, bias], f"{out}/biased")
         tidy.swap(graph, node, y, out)
-
-
-def dense(node: ir.Node, codes: np.ndarray) -> np.ndarray:
-    """Codes as MatMulInteger or ConvInteger reads them."""
-    return np.ascontiguousarray(codes.T) if node.op_type == "Gemm" and tidy.attribute(node, "transB", 0) else codes
 
 
 def blocked(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from wherry import data, shelf
 from wherry.artifact import Artifact
 from wherry.choose import artifacts, measured
-from wherry.errors import BadInput, Missing
+from wherry.errors import BadInput, Error, Missing
 from wherry.evaluate import drift, outputs, proof, similarity
 from wherry.report import Report
 from wherry.session import GRADES, Sampling, Session
@@ -62,7 +62,8 @@ def prove(
         progress: called as progress(done, total, text).
     """
     report = Report("proof")
-    weight = None if original is None else lambda name: original.weight(name).numpy()
+    turned = rewritten(original, items[0].artifact)
+    weight = None if original is None else lambda name: turned.weight(name).numpy()
     for item in items:
         module = shelf.find("formats", item.artifact.format)
         decoded = module.decode(item.artifact)
@@ -204,13 +205,17 @@ def _outputs(
 
 
 def rewritten(original: Any, artifact: Artifact) -> Any:
-    """The original with the weights that the artifact's recipe gave it before it rounded them (equalize, on graphs)."""
+    """The original with the weights that the artifact's recipe gave it before it rounded them (equalize, rotation)."""
     recipe = artifact.manifest.get("recipe", "")
-    if original is None or original.graph is None or not recipe:
+    if original is None or not recipe:
         return original
     from wherry.recipe import Recipe
 
-    for step in Recipe.parse(recipe).steps:
+    try:
+        steps = Recipe.parse(recipe).steps
+    except Error:  # a method that is not installed here: the weights are compared as they were
+        return original
+    for step in steps:
         original = step.rewrite(original) if hasattr(step, "rewrite") else original
     return original
 

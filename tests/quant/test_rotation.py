@@ -63,7 +63,7 @@ def test_outliers_are_gone_and_rounding_gains(tmp_path: Path) -> None:
     made = compress(folder, f"rotation | rtn:{scheme}", tmp_path / "turned")
     assert made.config["tie_word_embeddings"] is False
     assert divergence(made, original) < 0.9 * divergence(plain, original)
-    assert {row["name"] for row in made.plan if row.get("moved") == "rotation"} >= {name, "lm_head.weight"}
+    assert {row["name"] for row in made.plan if row.get("turned") == "rotation"} >= {name, "lm_head.weight"}
 
 
 def test_unknown_architectures_are_refused(tiny_bert: Path) -> None:

@@ -106,7 +106,7 @@ def write(
         tensors.update(store(row, held[row.name]))
         new = fact(row, w.decode() if isinstance(w, QTensor) else w, held[row.name], [])
         touched = new["digest"] != old["digest"]
-        moved = {"moved": "tune"} if touched and not row.scheme else {}
+        moved = {"moved": "tune"} if touched and not row.scheme and "moved" not in old else {}
         error = old["error"] if "moved" in old and row.scheme else new["error"]
         found.append(old | {"digest": new["digest"], "error": error} | moved
                      | ({"notes": [*old["notes"], *notes]} if touched else {}))  # fmt: skip

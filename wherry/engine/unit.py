@@ -106,8 +106,8 @@ def assemble(plan: Plan, journal: Journal, done: list[TensorFile], folder: Path)
     """
     folder.mkdir(exist_ok=True)
     facts = sorted((f for unit in done for f in journal.facts(unit)["rows"]), key=lambda f: natural(f["name"]))
-    turned = getattr(plan.checkpoint.source, "moved", {})
-    facts = [f | ({"moved": turned[f["name"]]} if f["name"] in turned else {}) for f in facts]
+    turned = getattr(plan.checkpoint.source, "turned", {})
+    facts = [f | ({"turned": turned[f["name"]]} if f["name"] in turned else {}) for f in facts]
     where = {name: unit for unit in done for name in unit.entries}
     shards: list[list[str]] = [[]]
     size = 0

@@ -80,7 +80,8 @@ def structure(
     Args:
         artifact: what is to be proven.
         decoded: its tensors as float32, under the plan's names; by foreign code where there is some.
-        original: the original's weight [n, k] float32 by name; None when it is not at hand.
+        original: the original's weight [n, k] float32 by name, after what the recipe does before it rounds (rotation);
+            None when it is not at hand.
         where: name of the artifact in the rows; its format by default.
         exact: the format promises exactly the plan's weights: digests must agree.
         allowed: names that may be there beside the plan's.
@@ -189,8 +190,8 @@ def _tensor(
         return
     if row.get("digest"):
         found["digest"].see("" if digest(v) == row["digest"] else f"{name} decodes to other weights")
-    moved = row.get("moved")  # it took scales from its neighbours, or was turned or tuned: only behaviour can judge it
-    w = None if original is None or moved else np.asarray(original(name), dtype=np.float32)
+    moved = row.get("moved")  # it took scales from its neighbours, or was tuned: compared as far as that can be undone
+    w = None if original is None else np.asarray(original(name), dtype=np.float32)
     scheme = _scheme(row)
     if scheme:
         found["quantized"].see(_name(name, weights.off_grid(v, scheme)))
@@ -199,11 +200,14 @@ def _tensor(
             found["scales"].see(f"{name}: {lost} group(s) hold one single value, the original's do not" if lost else "")
     error = row.get("error")
     if w is not None:
-        seen = weights.compare(w, v, scheme)
+        if moved and scheme is None and w.ndim < 2:
+            found["same"].see(_name(name, weights.strayed(w, v, moved == "tune")))
+            return
+        seen = weights.compare(weights.undone(w, v) if moved else w, v, scheme)
         problem = seen.problem
-        if problem.startswith("scaled") and row.get("learned"):  # it follows outputs, not the weight: error alone tells
+        if problem.startswith("scaled") and (row.get("learned") or moved):  # it follows outputs, or scales were fitted
             problem = ""
-        if not problem and error is not None and abs(seen.error - error) > 0.02 * error + 1e-4:
+        if not problem and not moved and error is not None and abs(seen.error - error) > 0.02 * error + 1e-4:
             problem = f"error {seen.error:.4g} where the plan recorded {error:.4g}"
         found["same"].see(_name(name, problem))
         error = seen.error if np.isfinite(seen.error) else None

@@ -24,6 +24,7 @@ ERROR_FACTOR = 4.0  # times the error that a grid of these steps has, at most
 ERROR_FLOOR = 0.01  # of the weight's norm: scales rounded to 7 bits, fp16
 ERROR_MOST = 0.95  # above it nothing of the original is left
 FLOAT_ERROR = 2.0**-8  # rounding to bfloat16
+TUNED_MOST = 0.5  # of a norm's length: the rates of tuning move it by a few hundredths
 SLOPE_UP, SLOPE_UP_E2 = 0.004, 0.02  # slope above that of rounding: constant, and per squared error
 SLOPE_DOWN, SLOPE_DOWN_E2 = 0.06, 1.0  # below it: least squares gives 1 - e^2, a searched range clips more
 RETURN_MOST = 1.006  # of the whole weight, unless the weights that no clipping touched are as after rounding
@@ -105,6 +106,39 @@ def compare(w: np.ndarray, v: np.ndarray, scheme: Scheme | None) -> Comparison:
     )  # fmt: skip
 
 
+def undone(w: np.ndarray, v: np.ndarray, rounds: int = 4) -> np.ndarray:
+    """diag(t) w diag(s), the nearest to v with t, s >= 0: the original as a neighbour's scales may have left it.
+
+    AWQ and SmoothQuant multiply columns, and divide the rows of the layer before. n + k free numbers cannot make one
+    random matrix into another: what was swapped keeps an error near 1. One factor for all of v they do follow.
+    """
+    if w.ndim != 2:
+        return w
+    w, v = w.astype(np.float64), v.astype(np.float64)
+    t = np.ones((len(w), 1))
+    both, square = w * v, w * w
+    for _ in range(rounds):  # alternating least squares
+        s = np.maximum((both * t).sum(0) / np.maximum((square * t * t).sum(0), 1e-30), 0)
+        t = np.maximum((both * s).sum(1) / np.maximum((square * s * s).sum(1), 1e-30), 0)[:, None]
+    return np.asarray(w * t * s, dtype=np.float32)
+
+
+def strayed(w: np.ndarray, v: np.ndarray, tuned: bool) -> str:
+    """Reason why v is no longer w, a float tensor that was tuned, or divided by scales above 0; else "".
+
+    A norm may compute 1 + w (Gemma): then 1 + v has the sign of 1 + w.
+    """
+    if tuned:
+        norm = float(np.sqrt(_dot(w, w)))
+        error = float(np.sqrt(_dot(v - w, v - w))) / norm if norm else 0.0
+        return f"error {error:.3g} where tuning may move it by {TUNED_MOST:g}" if error > TUNED_MOST else ""
+    wrong = min(int(np.sum(np.sign(w + c) != np.sign(v + c))) for c in (0.0, 1.0))
+    lost = int(np.sum((v == 0) & (w != 0)))
+    if max(wrong, lost) > w.size / 10:
+        return f"{max(wrong, lost)} of {w.size} values changed their sign or are 0: no scales do that"
+    return ""
+
+
 def inside(w: np.ndarray, v: np.ndarray, group: int) -> float:
     """<w, v> / <v, v> over the weights that are not at an end of their group's range: clipping does not move it."""
     x, y = w.reshape(-1, group), v.reshape(-1, group)
@@ -138,8 +172,8 @@ def unrounded_scales(v: np.ndarray, scheme: Scheme, seed: int = 0) -> str:
     all groups do: so more than a quarter of longer steps means that scales were changed after they were rounded.
     """
     group = size(scheme, v.shape)
-    if group is None or group < 16 or scheme.bits > 4 or scheme.nested:
-        return ""  # wider codes seldom are neighbours in a group; their error is so small that the slope tells
+    if group is None or group < (16 if scheme.bits <= 4 else 32) or scheme.nested:
+        return ""  # wider codes seldom are neighbours in a small group
     rows = v.reshape(-1, v.shape[-1])
     if len(rows) > SAMPLED_ROWS and not isinstance(scheme.grain, Tensor):
         rows = rows[np.sort(np.random.default_rng(seed).permutation(len(rows))[:SAMPLED_ROWS])]

@@ -65,7 +65,7 @@ def orthogonal(n: int, seed: int) -> torch.Tensor:
 
 
 class Turned:
-    """A source whose weights are turned on the way in. `moved` says by which method, name by name."""
+    """A source whose weights are turned on the way in. `turned` says by which method, name by name."""
 
     def __init__(self, checkpoint: Checkpoint, step: Rotation) -> None:
         self.base, self.step, self.tied = checkpoint.source, step, checkpoint.tied
@@ -76,7 +76,7 @@ class Turned:
         self.table = next(name for name in self.base.names() if name.endswith("embed_tokens.weight"))
         self.prefix = self.table.removesuffix("embed_tokens.weight")
         touched = [n for n in self.base.names() if self._part(n) in (*READS, *WRITES, "") or "norm" in n]
-        self.moved = dict.fromkeys([*touched, "lm_head.weight"], "rotation")
+        self.turned = dict.fromkeys([*touched, "lm_head.weight"], "rotation")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base, name)

@@ -230,7 +230,7 @@ def verify(
         progress: called as progress(done, total, text).
     """
     from wherry.checkpoint import Checkpoint
-    from wherry.prove import item, prove
+    from wherry.prove import item, prove, rewritten
 
     original = Checkpoint.open(against) if against else None
     source = data.read(data_file) if data_file else None
@@ -238,6 +238,7 @@ def verify(
     if runtime != "auto":
         found = [a for a, _ in able(artifact, runtime)]
     items = [item(a, Path(artifact), runtime) for a in found]
+    original = rewritten(original, items[0].artifact)
     limits = (max_kl, max_ratio)
     report = prove(items, original, source, speed=speed, limits=limits, progress=progress)
     report.title = f"proof of {artifact}"

@@ -62,8 +62,10 @@ def prove(
         progress: called as progress(done, total, text).
     """
     report = Report("proof")
-    turned = rewritten(original, items[0].artifact)
-    weight = None if original is None else lambda name: turned.weight(name).numpy()
+    source_of = original  # a graph comes rewritten already
+    if original is not None and original.graph is None:
+        source_of = turned(original, items[0].artifact)
+    weight = None if original is None else lambda name: source_of.weight(name).numpy()
     for item in items:
         module = shelf.find("formats", item.artifact.format)
         decoded = module.decode(item.artifact)
@@ -205,9 +207,14 @@ def _outputs(
 
 
 def rewritten(original: Any, artifact: Artifact) -> Any:
-    """The original with the weights that the artifact's recipe gave it before it rounded them (equalize, rotation)."""
+    """The graph with the weights that the artifact's recipe gave it before it rounded them (equalize)."""
+    return original if original is None or original.graph is None else turned(original, artifact)
+
+
+def turned(original: Any, artifact: Artifact) -> Any:
+    """The original after what the artifact's recipe does to all weights before it rounds them (rotation, equalize)."""
     recipe = artifact.manifest.get("recipe", "")
-    if original is None or not recipe:
+    if not recipe:
         return original
     from wherry.recipe import Recipe
 

@@ -159,11 +159,11 @@ def test_what_was_made_is_proven(recipe: str, tiny_llama: Path, tmp_path: Path) 
     """The checks of an honest artifact pass, and one changed scale is seen."""
     from wherry import shelf
     from wherry.evaluate import proof
-    from wherry.prove import rewritten
+    from wherry.prove import turned
 
     compress(tiny_llama, recipe, tmp_path / "out")
     artifact = Artifact.open(tmp_path / "out")
-    original = rewritten(Checkpoint.open(tiny_llama), artifact)
+    original = turned(Checkpoint.open(tiny_llama), artifact)
     decoded = list(shelf.find("formats", "compressed_tensors").decode(artifact))
     exact = "NVFP4" not in recipe  # compressed-tensors decodes that in bfloat16
 

@@ -16,7 +16,7 @@ from wherry.artifact import Artifact
 from wherry.checkpoint import Checkpoint
 from wherry.evaluate import drift, proof, weights
 from wherry.formats import compressed_tensors
-from wherry.prove import rewritten
+from wherry.prove import turned
 from wherry.report import Report, Row
 from wherry.runtimes import torch as runtime
 from wherry.scheme import Scheme
@@ -60,10 +60,10 @@ def reseal(folder: Path, original: Path | None = None) -> None:
     manifest = json.loads((folder / "wherry.json").read_text())
     artifact = Artifact.open(folder)
     if original:
-        turned = rewritten(Checkpoint.open(original), artifact)
+        source = turned(Checkpoint.open(original), artifact)
         for name, v in compressed_tensors.decode(artifact):
             row = next(row for row in manifest["plan"] if row["name"] == name)
-            w = turned.weight(name).numpy()
+            w = source.weight(name).numpy()
             row["digest"] = proof.digest(v)
             row["error"] = float(np.linalg.norm(v - w) / np.linalg.norm(w))
     manifest.pop("files")

@@ -321,13 +321,14 @@ def serve(
     artifact: str | Path, host: str = "127.0.0.1", port: int = 8000, runtime: str = "auto", threads: int = 0
 ) -> None:
     """Serve an artifact until Ctrl-C or SIGTERM: an API for its task, metrics, and a page at /."""
-    from wherry import judge
+    from wherry.opened import opened as open_model
+    from wherry.opened import whole
     from wherry.serve.app import create_app
     from wherry.serve.listen import check_port, run
 
     check_port(host, port)
-    found = judge.opened(artifact, runtime, threads)
-    session, opened = found.session, judge.whole(found, Path(artifact))
+    found = open_model(artifact, runtime, threads)
+    session, opened = found.session, whole(found, Path(artifact))
     reports = [folder / "report.json" for folder in (opened.path, opened.path.parent)]  # exports lie inside of a run
     report = next((Report.load(file) for file in reports if file.is_file()), Report())
     try:

@@ -9,7 +9,8 @@ from wherry import audio, data, image
 from wherry.errors import BadInput, Missing
 from wherry.evaluate import attribute
 from wherry.evaluate.perplexity import Progress
-from wherry.judge import opened, short_names
+from wherry.judge import short_names
+from wherry.opened import opened
 from wherry.page import attribution
 from wherry.report import Report, write_atomic
 from wherry.task import Task

@@ -12,7 +12,7 @@ import soundfile
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from wherry import api, judge
+from wherry import api, opened
 from wherry.cli import app
 from wherry.errors import BadInput, Missing, Unsupported
 from wherry.report import Report
@@ -232,7 +232,7 @@ def write_speller(folder: Path, layout: str) -> Path:
     table = 20 * np.eye(7, dtype=np.float32)
     table[6] = table[3]  # eins = one
     table[0] = table[2]  # what is padding ends the answer
-    files = [folder / f"{h}_model.onnx" if layout == "files" else folder / h / "model.onnx" for h in judge.HALVES]
+    files = [folder / f"{h}_model.onnx" if layout == "files" else folder / h / "model.onnx" for h in opened.HALVES]
     encoder = [
         helper.make_node("Gather", ["table", "input_ids"], ["hidden"]),
         helper.make_node("Shape", ["attention_mask"], ["unused"]),
@@ -252,7 +252,7 @@ def write_speller(folder: Path, layout: str) -> Path:
     write_graph(files[1], decoder, [("input_ids", "i", ["n", "s"]), ("encoder_hidden_states", "f", ["n", "t", 7])],
                 [("logits", "f", ["n", "s", 7])], constants)  # fmt: skip
     if layout == "folders":
-        for half in judge.HALVES:
+        for half in opened.HALVES:
             (folder / half / "task.json").write_text((folder / "task.json").read_text())
     return folder
 
@@ -279,8 +279,8 @@ def test_an_encoder_and_a_decoder_are_served(tmp_path, layout):
     from wherry.serve.app import create_app, serving
 
     model = write_speller(tmp_path / "model", layout)
-    found = judge.opened(model, "onnxruntime", 1)
-    with serving(create_app(found.session, judge.whole(found, model))) as url:
+    found = opened.opened(model, "onnxruntime", 1)
+    with serving(create_app(found.session, opened.whole(found, model))) as url:
         answer = httpx.post(f"{url}/v1/answer", json={"input": ["three", "two two one"]}).json()
         assert answer["answers"] == [{"text": "three"}, {"text": "two two one"}]
         assert httpx.get(f"{url}/v1/wherry/facts").json()["model"]["bytes"] > 0

@@ -315,11 +315,7 @@ class Plan:
 def in_graph(scheme: Scheme, role: str, step: Pass) -> tuple[Scheme, str]:
     """The scheme that a weight of an ONNX graph gets, and a remark where it is not the one asked for."""
     if role == "linear":
-        dynamic = scheme.activations is not None and scheme.activations.dynamic
-        return (
-            scheme,
-            "ONNX finds the scale of a dynamic input once for the whole input, not per token" if dynamic else "",
-        )
+        return scheme, ""
     row = PRESETS["W8A16"].with_group(-1)
     if role == "convolution" and scheme.activations is not None:
         if not scheme.activations.dynamic:

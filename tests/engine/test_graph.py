@@ -148,9 +148,30 @@ def test_what_is_planned_in_integers_runs_in_integers(graph, packed, tmp_path):
 def test_dynamic_runs_in_integers_where_that_is_fast(graph, tmp_path):
     report = compress(graph, tmp_path / "out", "rtn:scheme=W8A8")
     nodes = collections.Counter(n.op_type for n in onnx.load(tmp_path / "out" / "model.onnx").graph.node)
-    assert nodes["MatMulInteger"] == nodes["DynamicQuantizeLinear"] == 1
-    assert nodes["ConvInteger"] == 0
+    assert nodes["QuantizeLinear"] == 1  # of the one linear layer's tokens
+    assert nodes["ConvInteger"] == nodes["DynamicQuantizeLinear"] == 0
     assert any("slower than float" in str(row.value) + row.note for row in report if row.where == "stem.weight")
+
+
+def test_a_dynamic_answer_does_not_depend_on_the_rest_of_its_batch(tmp_path):
+    """One example with values a hundred times larger in the batch; each row by the formula of one scale a token."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(16, 8)
+    x = np.random.default_rng(0).standard_normal((4, 3, 16)).astype(np.float32)
+    wherry.capture(torch.nn.Sequential(layer), tmp_path / "net", torch.from_numpy(x))
+    wherry.compress(tmp_path / "net", tmp_path / "out", "rtn:scheme=W8A8,portable=false")
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    name = session.get_inputs()[0].name
+    loud = x.copy()
+    loud[1:] *= 100
+    alone, beside = session.run(None, {name: x[:1]})[0], session.run(None, {name: loud})[0][:1]
+    np.testing.assert_allclose(alone, beside, atol=1e-6)
+    w = layer.weight.detach().numpy()
+    step = 2 * np.abs(w).max(1, keepdims=True) / 255
+    w = np.clip(np.rint(w / step), -128, 127) * step
+    token = np.abs(x).max(-1, keepdims=True) / 127
+    expected = (np.rint(x / token) * token) @ w.T + layer.bias.detach().numpy()
+    np.testing.assert_allclose(session.run(None, {name: x})[0], expected, atol=2e-3)
 
 
 def test_a_quantized_graph_opens_as_a_checkpoint_of_integers_and_is_not_quantized_twice(graph, packed, tmp_path):

@@ -177,6 +177,7 @@ def write(
 ) -> None:  # fmt: skip
     """Draw all weights and biases."""
     graph = source.model.graph
+    tokens: draw.Tokens = {}
     by_name = {f"{value.name}.rounded": scale for value, scale in scales.items()}
     for name, q in results.items():
         layer = source.layers[name]
@@ -184,7 +185,7 @@ def write(
             if note := draw.table(graph, name, layer, q):
                 notes[name].append(note)
         elif kinds[name] == "dynamic":
-            draw.dynamic(graph, name, layer, q)
+            draw.dynamic(graph, name, layer, q, tokens)
         elif isinstance(q.scheme.grain, Group):
             draw.blocked(graph, name, layer, q)
         elif layer.node not in places.layers:

@@ -1,7 +1,7 @@
 """Draw: put QuantizeLinear and DequantizeLinear into a graph where the plan and the places say.
 
     static    x -> Q -> DQ -> layer(., DQ(codes), DQ(int32 bias)) -> [Relu] -> Q -> DQ
-    dynamic   x -> DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul(scales) -> Add(bias), linear layers alone
+    dynamic   x / scales of its tokens -> Q -> DQ -> MatMul(., DQ(codes)) -> times these scales -> Add(bias)
     weights   layer(x, float(codes) * scales), MatMulNBits for blocks; tables: Gather(codes) * Gather(scales)
 
 Activations are uint8 with a zero (what ONNX Runtime has kernels for), weights int8, symmetric, a scale per output.
@@ -20,6 +20,7 @@ from wherry.graph.source import Layer, extents
 from wherry.scheme import Group, QTensor
 
 BIAS_MOST = 2.0**30
+Tokens = dict[ir.Value, tuple[ir.Value, ir.Value]]
 
 
 def step(low: float, high: float) -> tuple[float, int]:
@@ -164,26 +165,49 @@ def biases(graph: ir.Graph, node: ir.Node, x_scale: float, w_scale: np.ndarray) 
     return ""
 
 
-def dynamic(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> None:
-    """Linear layers whose input's scale is found when they run, one for the whole input."""
+def dynamic(graph: ir.Graph, name: str, layer: Layer, q: QTensor, tokens: Tokens) -> None:
+    """Linear layers whose input's scale is found when they run, one for each token (row) of the input.
+
+    ONNX's DynamicQuantizeLinear takes one for the whole input: then an answer depends on what else is in the batch.
+    tokens: rounded inputs that were drawn already; layers that read the same one share it.
+    """
     users = list(layer.value.uses())
     stored = layer.stored(q.code.numpy(), extents(layer.value))
     detach(graph, layer.value)
-    turned = layer.order == (0, 1)  # MatMulInteger reads [k, n]
-    codes = edit.constant(graph, name + edit.CODES, stored.T.copy() if turned else stored)
-    scale = edit.constant(graph, name + edit.SCALES, q.scale.float().numpy().reshape(-1))
+    turned = layer.order == (0, 1)  # MatMul reads [k, n]
+    scales = q.scale.float().numpy().reshape(-1)
+    inputs = [edit.constant(graph, name + edit.CODES, stored.T.copy() if turned else stored),
+              edit.constant(graph, name + edit.SCALES, scales),
+              edit.constant(graph, name + edit.ZEROS, np.zeros(len(scales), np.int8))]  # fmt: skip
+    decoded = edit.call(first(graph, users), "DequantizeLinear", inputs, f"{name}/dequantize", axis=1)
     for use in users:
-        node = use.node
-        x, out = node.inputs[0], str(node.outputs[0].name)
-        xq, x_scale, x_zero = edit.calls(node, "DynamicQuantizeLinear", [x], f"{out}/quantize", 3)
-        whole = edit.call(node, "MatMulInteger", [xq, codes, x_zero], f"{out}/integer")
-        floats = edit.call(node, "Cast", [whole], f"{out}/float", to=ir.DataType.FLOAT)
-        both = edit.call(node, "Mul", [x_scale, scale], f"{out}/steps")
-        y = edit.call(node, "Mul", [floats, both], f"{out}/scaled")
+        node, out = use.node, str(use.node.outputs[0].name)
+        assert node.inputs[0] is not None
+        if node.inputs[0] not in tokens:
+            tokens[node.inputs[0]] = token(graph, node, node.inputs[0])
+        x, step = tokens[node.inputs[0]]
+        y = edit.call(node, "Mul", [edit.call(node, "MatMul", [x, decoded], f"{out}/product"), step], f"{out}/scaled")
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if bias is not None:
             y = edit.call(node, "Add", [y, bias], f"{out}/biased")
         tidy.swap(graph, node, y, out)
+
+
+def token(graph: ir.Graph, node: ir.Node, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The input divided by each token's scale and rounded, and these scales; drawn in front of a node.
+
+    A token's largest value gets code 127.
+    """
+    name = f"{x.name}/tokens"
+    largest = edit.call(
+        node, "ReduceMax", [edit.call(node, "Abs", [x], f"{name}/abs"), edit.integers(graph, -1)], f"{name}/max"
+    )
+    step = edit.call(node, "Mul", [largest, edit.scalar(graph, 1 / 127)], f"{name}/step")
+    step = edit.call(node, "Max", [step, edit.scalar(graph, 1e-30)], f"{name}/positive")
+    scaled = edit.call(node, "Div", [x, step], f"{name}/scaled")
+    one = [edit.scalar(graph, 1.0), edit.constant(graph, "uint8_128", np.array(128, np.uint8))]
+    codes = edit.call(node, "QuantizeLinear", [scaled, *one], f"{name}/quantize")
+    return edit.call(node, "DequantizeLinear", [codes, *one], f"{name}/dequantize"), step
 
 
 def blocked(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> None:

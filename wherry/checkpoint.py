@@ -236,6 +236,8 @@ class Checkpoint:
         quantization = config.get("quantization_config")
         if quantization:
             method = quantization.get("quant_method", "?")
+            if method in ("gptq", "awq"):
+                return shelf.find("formats", method).load(path)
             if method not in ("compressed-tensors", "wherry"):
                 raise Unsupported(f"{path} is quantized by '{method}', which is not read; give the float model")
             return shelf.find("formats", "compressed_tensors").load(path)

@@ -25,7 +25,8 @@ Limits = tuple[float, float]
 LIMITS: Limits = (proof.KL_LIMIT, proof.RATIO_LIMIT)
 LOSS = 0.05  # of Spearman's correlation: it is still this model; a promise of quality is the user's to set
 RUNTIME_OF = {
-    "compressed_tensors": "torch", "safetensors": "torch", "gguf": "llamacpp", "onnx": "onnxruntime",
+    "compressed_tensors": "torch", "safetensors": "torch", "gptq": "torch", "awq": "torch",
+    "gguf": "llamacpp", "onnx": "onnxruntime",
     "onnx_half": "onnxruntime", "ort": "onnxruntime", "openvino": "openvino",
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ from wherry.ops.activation import fake_quantize
 from wherry.scheme import QTensor
 from wherry.session import Sampling, Score, Session, draw
 
-FORMATS = ("compressed_tensors", "safetensors")
+FORMATS = ("compressed_tensors", "safetensors", "gptq", "awq")
 
 
 def available() -> dict[str, str]:

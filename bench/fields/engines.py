@@ -22,11 +22,13 @@ def load(engine: str, file: Path, threads: int) -> Callable[[Feeds], Outputs]:
 def _openvino(file: Path, threads: int) -> Callable[[Feeds], Outputs]:
     import openvino
 
+    from wherry.runtimes.openvino import name_of
+
     settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(str(file), "CPU", settings)
     request = compiled.create_infer_request()
     wanted = {name for given in compiled.inputs for name in given.names}
-    names = [min(output.names) for output in compiled.outputs]
+    names = [name_of(output) for output in compiled.outputs]
 
     def run(feeds: Feeds) -> Outputs:
         request.infer({name: value for name, value in feeds.items() if name in wanted}, share_inputs=True)

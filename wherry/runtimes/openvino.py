@@ -44,8 +44,15 @@ def load(artifact: Artifact, device: str = "cpu", threads: int = 0) -> Session:
 def signature(ports: list[Any]) -> Signature:
     """Dtypes and shapes of inputs or outputs; OpenVINO has no names for free axes."""
     shapes = [tuple(d.get_length() if d.is_static else None for d in port.get_partial_shape()) for port in ports]
-    names = [(port.get_any_name(), str(np.dtype(port.get_element_type().to_dtype()))) for port in ports]
+    names = [(name_of(port), str(np.dtype(port.get_element_type().to_dtype()))) for port in ports]
     return {name: (kind, shape) for (name, kind), shape in zip(names, shapes, strict=True)}
+
+
+def name_of(port: Any) -> str:
+    """The name of an input or output in the file: the tensor may carry names of inner values too, in no order."""
+    told = port.node.get_friendly_name()
+    names = sorted(port.get_names(), key=lambda name: (not f"{told}/".startswith(f"{name}/"), name))
+    return names[0] if names else told
 
 
 class OpenVINO(NoGenerate):
@@ -77,12 +84,12 @@ class OpenVINO(NoGenerate):
                 shapes = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in inputs.items())
                 reason = " ".join(str(error).split())[:200]
                 raise BadInput(f"{self.path.name} does not take these inputs: {shapes}\n{reason}") from error
-            return {port.get_any_name(): np.array(found[port]) for port in self.model.outputs}
+            return {name_of(port): np.array(found[port]) for port in self.model.outputs}
 
     def _fits(self, inputs: dict[str, np.ndarray]) -> None:
         """Raise BadInput for a name or shape that is not the graph's: OpenVINO itself reads past such arrays."""
         for port in self.model.inputs:
-            name, shape = port.get_any_name(), port.get_partial_shape()
+            name, shape = name_of(port), port.get_partial_shape()
             if name not in inputs:
                 raise BadInput(f"{self.path.name} does not take these inputs: '{name}' is missing")
             given = inputs[name].shape

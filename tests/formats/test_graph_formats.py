@@ -1,9 +1,12 @@
 """Graph models in other formats: OpenVINO, ORT, half precision; the same integers, run by the format's own runtime."""
 
 import json
-import os
+import re
 import shutil
 import subprocess
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import onnx
@@ -135,20 +138,31 @@ def test_transformers_folders_are_pointed_to_capture(tiny_bert, tmp_path):
             wherry.export(tiny_bert, tmp_path / form, form)
 
 
-@pytest.mark.slow
-def test_onnxruntime_web_runs_the_int8_file_in_wasm(folder, tmp_path):
-    """In Node, with the package onnxruntime-web: outputs as those of the native runtime."""
+@pytest.fixture(scope="module")
+def web(folder, tmp_path_factory):
+    """A folder with onnxruntime-web, the int8 file and two pictures; what the native runtime says of them."""
     if shutil.which("npm") is None:
         pytest.skip("npm is not installed")
+    top = tmp_path_factory.mktemp("web")
     install = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "onnxruntime-web@1.30.0"]
-    done = subprocess.run(install, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(install, cwd=top, capture_output=True, text=True, timeout=600)
     if done.returncode:
         pytest.skip(f"onnxruntime-web cannot be had here: {done.stderr[-200:]}")
     x = np.load(folder / "x.npz")["image"][:2]
-    model = onnx.load(folder / "out" / "model.onnx")
-    onnx.save(model, tmp_path / "model.onnx")
-    (tmp_path / "x.json").write_text(json.dumps(x.reshape(-1).tolist()))
-    (tmp_path / "run.cjs").write_text(
+    onnx.save(onnx.load(folder / "out" / "model.onnx"), top / "model.onnx")  # one file, data inside
+    (top / "x.json").write_text(json.dumps(x.reshape(-1).tolist()))
+    return top, run(folder / "out" / "model.onnx", x)
+
+
+def near(text, expected):
+    found = np.array(json.loads(text)).reshape(expected.shape)
+    assert np.sqrt(((found - expected) ** 2).mean() / (expected**2).mean()) < 0.03
+
+
+@pytest.mark.slow
+def test_onnxruntime_web_runs_the_int8_file_under_node(web):
+    top, expected = web
+    (top / "run.cjs").write_text(
         """
         const ort = require('onnxruntime-web'), fs = require('fs');
         ort.env.wasm.numThreads = 1;
@@ -160,7 +174,37 @@ def test_onnxruntime_web_runs_the_int8_file_in_wasm(folder, tmp_path):
         })();
         """
     )
-    out = subprocess.run(["node", "run.cjs"], cwd=tmp_path, capture_output=True, text=True, timeout=120, env=os.environ)
-    found = np.array(json.loads(out.stdout.strip().splitlines()[-1])).reshape(2, 4)
-    expected = run(folder / "out" / "model.onnx", x)
-    assert np.sqrt(((found - expected) ** 2).mean() / (expected**2).mean()) < 0.03
+    out = subprocess.run(["node", "run.cjs"], cwd=top, capture_output=True, text=True, timeout=120)
+    near(out.stdout.strip().splitlines()[-1], expected)
+
+
+@pytest.mark.slow
+def test_onnxruntime_web_runs_the_int8_file_in_a_page(web):
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("Chromium is not installed")
+    top, expected = web
+    (top / "page.html").write_text(
+        """<!doctype html><pre id="out"></pre>
+        <script src="node_modules/onnxruntime-web/dist/ort.min.js"></script><script>
+        ort.env.wasm.numThreads = 1;
+        (async () => {
+          const s = await ort.InferenceSession.create('model.onnx', {executionProviders: ['wasm']});
+          const x = Float32Array.from(await (await fetch('x.json')).json());
+          const out = await s.run({image: new ort.Tensor('float32', x, [2, 3, 12, 12])});
+          document.getElementById('out').textContent = JSON.stringify(Array.from(out[s.outputNames[0]].data));
+        })().catch(error => { document.getElementById('out').textContent = String(error); });
+        </script>"""
+    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(top)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_address[1]}/page.html"
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=60000", "--dump-dom"]
+        done = subprocess.run([chromium, *flags, url], capture_output=True, text=True, timeout=180)
+    finally:
+        server.shutdown()
+        server.server_close()
+    found = re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.S)
+    assert found, done.stdout[-500:] + done.stderr[-500:]
+    near(found[1], expected)

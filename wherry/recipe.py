@@ -10,6 +10,7 @@ before a solver in the same block, `fit` after it; `tune` comes last, with the w
 """
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ import yaml
 
 from wherry import shelf
 from wherry.checkpoint import Checkpoint, stack
-from wherry.errors import BadInput
+from wherry.errors import BadInput, Unsupported
 from wherry.gait import Pass as Pass
 from wherry.gait import coerce
 from wherry.gait import matches as matches
@@ -133,6 +134,8 @@ class Recipe:
 
     def plan(self, checkpoint: Checkpoint, formats: tuple[str, ...] = ()) -> "Plan":
         """Decide for every tensor, check it against every format, and raise what can be known to fail."""
+        if checkpoint.graph is not None:
+            self._fits_graphs()
         for step in self.steps:
             checkpoint = step.rewrite(checkpoint) if hasattr(step, "rewrite") else checkpoint
         plan = Plan(checkpoint, self, rows=[self._row(checkpoint, *item) for item in roles(checkpoint)])
@@ -153,6 +156,17 @@ class Recipe:
             for tensor, note in shelf.find("formats", name).check(plan).items():
                 plan.note(tensor, f"{name}: {note}")
         return plan
+
+    def _fits_graphs(self) -> None:
+        """Raise Unsupported for a step that walks a transformer's blocks: an ONNX graph has none."""
+        for step in self.steps:
+            gait = next((name for name in ("smooth", "fit", "tune", "assign") if hasattr(step, name)), "")
+            told = len(inspect.signature(step.observe).parameters) if hasattr(step, "observe") else 0
+            if gait or told > 2:
+                raise Unsupported(
+                    f"{step.method} walks a transformer block by block, and an ONNX graph has no blocks.\n"
+                    "On graphs there are rtn, gptq, hqq, and equalize before them."
+                )
 
     def _row(self, checkpoint: Checkpoint, name: str, role: str, why: str) -> "PlanRow":
         shape, dtype = checkpoint.shape(name), checkpoint.source.dtype(name)

@@ -411,3 +411,16 @@ def test_tidy_keeps_what_a_graph_computes():
     a = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feeds)[0]
     b = onnxruntime.InferenceSession(ir.to_proto(plain).SerializeToString()).run(None, feeds)[0]
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["smoothquant | rtn:scheme=W8A8_STATIC", "awq:scheme=W4A16,group_size=-1",
+                                    "rtn:scheme=W8A16,group_size=-1 | rounding", "gptaq:scheme=W8A8_STATIC",
+                                    "rotation | rtn:scheme=W8A8"])  # fmt: skip
+def test_methods_that_want_blocks_are_refused(graph, recipe):
+    with pytest.raises(Unsupported, match="block|rotation"):
+        wherry.plan(graph, recipe)
+
+
+def test_hqq_needs_no_data_on_graphs(graph, tmp_path):
+    report = wherry.compress(graph, tmp_path / "out", "hqq:scheme=W8A16,group_size=-1")
+    assert report.get("verdict").value == "PASS"

@@ -28,6 +28,7 @@ from wherry.recipe import Pass, Plan, PlanRow
 from wherry.scheme import Group, QTensor
 
 Progress = Callable[[int, int, str], None]
+FAR, FAR_FLOOR = 3.0, 0.01  # error of a solved weight, times that of rounding: beyond it, it is another weight
 ROWS_MOST = 1 << 14  # rows of one batch that a statistic is given, drawn evenly: patches repeat themselves
 
 
@@ -77,11 +78,7 @@ def run(
         w = source.read(name)
         assert isinstance(w, torch.Tensor)
         step = replace(steps[row.step], scheme=row.scheme or steps[row.step].scheme, portable=False)
-        q = (
-            step.solve(w.float(), stats[name], notes[name])
-            if name in stats
-            else plain(step, w.float(), row, name in watched, notes[name])
-        )
+        q = solved(step, w.float(), row, stats.get(name), name in watched, notes[name])
         results[name] = q
         facts.append(fact(row, w, q, notes[name]))
     if seen is not None and any(step.bias_correction for step in steps):
@@ -112,13 +109,23 @@ def kind(row: PlanRow) -> str:
     return "dynamic" if row.scheme.activations.dynamic else "static"
 
 
-def plain(step: Pass, w: torch.Tensor, row: PlanRow, wanted: bool, notes: list[str]) -> QTensor:
-    """Codes without data: of the pass itself, or rounded to nearest where nothing was seen."""
-    if not wanted:
+def solved(step: Pass, w: torch.Tensor, row: PlanRow, stat: Any, watched: bool, notes: list[str]) -> QTensor:
+    """Codes of one weight; rounded to nearest, with a remark, where its inputs do not tell enough to do better."""
+    if not watched:
         return step.solve(w)
-    notes.append("no calibration input reached it: rounded to nearest")
     assert row.scheme
-    return grid.encode(w, row.scheme, *grid.fit(w, row.scheme, None))
+    nearest = grid.encode(w, row.scheme, *grid.fit(w, row.scheme, None))
+    if stat is None:
+        notes.append("no calibration input reached it: rounded to nearest")
+        return nearest
+    q = step.solve(w, stat, notes)
+    far, near = (float((x.decode() - w).norm() / w.norm().clamp(min=1e-30)) for x in (q, nearest))
+    if far <= FAR * near + FAR_FLOOR:
+        return q
+    notes.append(
+        f"its inputs are nearly dependent, {step.method} went {far / near:.0f} times as far as rounding: rounded"
+    )
+    return nearest
 
 
 def calibrate(

@@ -178,11 +178,12 @@ def load(layout: Layout, path: Path, config: dict[str, Any], scheme: Scheme) -> 
     return Checkpoint(path, config, Task.of(path, config), source, name_of(path), license_of(path))
 
 
-def scheme_of(path: Path, bits: Any, size: Any, symmetric: bool) -> Scheme:
+def scheme_of(path: Path, method: str, bits: Any, size: Any, symmetric: bool) -> Scheme:
     """The scheme that a quantization_config means. Raises Unsupported for widths that are not read."""
     name = f"W{bits}A16" + ("" if symmetric else "_ASYM")
     if bits not in (2, 4, 8) or name not in PRESETS or not isinstance(size, int):
-        raise Unsupported(f"{path}: {bits} bits in groups of {size} are not read; 2, 4 and 8 bits are")
+        said = f"quantized by {method}, {bits} bits in groups of {size}"
+        raise Unsupported(f"{path} is {said}; 2, 4 and 8 bits are read, in groups of a stated size (group_size)")
     return PRESETS[name].with_group(size)
 
 

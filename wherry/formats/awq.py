@@ -73,7 +73,8 @@ def load(path: Path) -> Checkpoint:
     found = config["quantization_config"]
     if found.get("version", "gemm") != "gemm" or not found.get("zero_point", True):
         raise Unsupported(f"{path}: of AWQ's layouts only gemm with zero points is read")
-    return packed.load(LAYOUT, path, config, packed.scheme_of(path, found.get("bits"), found.get("group_size"), False))
+    scheme = packed.scheme_of(path, "awq", found.get("bits"), found.get("group_size"), False)
+    return packed.load(LAYOUT, path, config, scheme)
 
 
 def decode(artifact: Artifact) -> Iterator[tuple[str, Any]]:

@@ -79,7 +79,7 @@ def load(path: Path) -> Checkpoint:
     symmetric = bool(found.get("sym", True))
     if not symmetric and found.get("checkpoint_format", "gptq") != "gptq_v2":
         raise Unsupported(f"{path}: asymmetric zeros of the first GPTQ format are ambiguous; get it as gptq_v2")
-    scheme = packed.scheme_of(path, found.get("bits"), found.get("group_size"), symmetric)
+    scheme = packed.scheme_of(path, "gptq", found.get("bits"), found.get("group_size"), symmetric)
     return packed.load(LAYOUT, path, config, scheme)
 
 

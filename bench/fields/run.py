@@ -17,6 +17,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import sys
 from functools import partial
@@ -136,7 +137,7 @@ def quality(field: Field, folder: Path, a: argparse.Namespace) -> None:
 
 def fail(key: Row, digest: str, error: Exception) -> None:
     """Keep a row that says why there is no figure."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    reason = re.sub(r"/\S*/", "", " ".join(f"{type(error).__name__}: {error}".split()))  # no paths of this machine
     reason = reason if len(reason) < 400 else f"{reason[:150]} ... {reason[-240:]}"
     keep(key | stamp(digest) | {"error": reason})
     print(f"{key['model']} {key['variant']} {key['engine']}: {reason}", flush=True)

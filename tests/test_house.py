@@ -20,7 +20,7 @@ FLOORS = {
     "scheme": 1, "levels": 1, "report": 1, "ops": 1, "tensorfile": 1, "locate": 1, "image": 1, "audio": 1,
     "table": 1, "label": 1,
     "checkpoint": 2, "artifact": 2, "task": 2,
-    "gait": 3, "graph": 3, "recipe": 3, "session": 3, "writer": 3, "packed": 3, "data": 3, "journal": 3,
+    "cargo": 3, "gait": 3, "graph": 3, "recipe": 3, "session": 3, "writer": 3, "packed": 3, "data": 3, "journal": 3,
     "quant": 4, "formats": 4,
     "engine": 5, "runtimes": 5,
     "serve": 6, "evaluate": 6, "page": 6, "card": 6,

@@ -11,17 +11,18 @@ compared with the module at the example's shape and at another batch before it g
 
 import importlib
 import inspect
-import json
 import logging
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from wherry import cargo
 from wherry.errors import BadInput, Diverged, Missing, Unsupported
 from wherry.graph import tidy
 from wherry.journal import remove_empty, vacant
@@ -68,10 +69,8 @@ def capture(
         how = draw(module, named, axes, names, temporary / "model.onnx", script)
         far = compare(module, named, temporary / "model.onnx")
         made = task or Task("feature-extraction", temporary, inputs=tuple(named), outputs=tuple(names))
-        text = json.dumps(made.to_dict() | {"inputs": list(named), "outputs": names}, indent=1, sort_keys=True)
-        (temporary / "task.json").write_text(text + "\n", encoding="utf8")
-        if task is not None and task.folder.is_dir():
-            side_files(task.folder, temporary)
+        made = replace(made, inputs=tuple(named), outputs=tuple(names))
+        cargo.beside(made.folder, made, temporary)
         temporary.rename(out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -243,16 +242,6 @@ def command(
     with np.load(example, allow_pickle=False) as arrays:
         inputs = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "label"}
     return capture(factory(model, weights), out, inputs, script=script)
-
-
-def side_files(source: Path, out: Path) -> None:
-    """Tokenizer, licence and the like travel with the model."""
-    from wherry.checkpoint import SIDE_FILES
-
-    for name in SIDE_FILES:
-        if name != "task.json" and (source / name).is_file():
-            (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, out / name)
 
 
 def folder(path: str | Path, out: str | Path) -> Report:

@@ -19,13 +19,6 @@ from wherry.task import CLASSIFIERS, Task
 from wherry.tensorfile import TensorFile
 
 INDEX = "model.safetensors.index.json"
-# what travels from a source folder into every checkpoint and artifact, beside config.json
-SIDE_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "added_tokens.json", "chat_template.jinja", "task.json",
-    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
-    "LICENSE", "LICENSE.txt",
-)  # fmt: skip
 
 
 class Source(Protocol):

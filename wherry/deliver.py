@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from wherry import __version__, data, shelf
+from wherry import __version__, cargo, data, shelf
 from wherry.artifact import MANIFEST, Artifact
 from wherry.checkpoint import Checkpoint
 from wherry.errors import BadInput, Error, Exhausted
-from wherry.formats import compressed_tensors
 from wherry.journal import Journal, remove_empty, vacant
 from wherry.recipe import Plan
 
@@ -98,7 +97,7 @@ def _checkpoint(plan: Plan, journal: Journal, batches: Batches, result: Path, pr
     else:
         done = shelf.find("engine", "stream").run(plan, journal, progress)
     facts = unit.assemble(plan, journal, done, result)
-    fields = compressed_tensors.manifest(plan.checkpoint, unit.main_file(result))
+    fields = cargo.facts(plan.checkpoint, "compressed_tensors", unit.main_file(result))
     origin = plan.checkpoint.origin or plan.checkpoint.name
     Artifact.seal(result, **fields | {"plan": facts, "recipe": str(plan.recipe), "source": origin})
 

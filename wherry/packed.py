@@ -7,7 +7,6 @@ Memory: one tensor at a time, read twice: for the header, and for the file.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from wherry import tensorfile
+from wherry import cargo, tensorfile
 from wherry.artifact import Artifact
-from wherry.checkpoint import SIDE_FILES, Checkpoint, Safetensors, natural
+from wherry.checkpoint import Checkpoint, Safetensors, natural
 from wherry.errors import Corrupt, Unsupported
 from wherry.locate import license_of, name_of
 from wherry.recipe import Plan, Progress, roles
@@ -103,19 +102,8 @@ def save(
     left = [name.removesuffix(".weight") for name, found in layers.items() if found is None]
     text = json.dumps({**checkpoint.config, "quantization_config": config(scheme, left)}, indent=2, sort_keys=True)
     tensorfile.write_pieces(out / "config.json", [text.encode()])
-    for name in SIDE_FILES:
-        if (checkpoint.path / name).is_file():
-            (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(checkpoint.path / name, out / name)
-    task = json.dumps(checkpoint.task.to_dict(), indent=1, sort_keys=True) + "\n"
-    (out / "task.json").write_text(task, encoding="utf8")
-    from wherry import __version__
-
-    facts: dict[str, Any] = {"model": checkpoint.name, "recipe": checkpoint.recipe, "source": checkpoint.origin}
-    facts |= {"license": checkpoint.license, "params": checkpoint.params, "plan": checkpoint.plan}
-    return Artifact.seal(
-        out, wherry=__version__, format=layout.name, main=MAIN, task=checkpoint.task.to_dict(), **facts
-    )
+    cargo.beside(checkpoint.path, checkpoint.task, out)
+    return Artifact.seal(out, **cargo.facts(checkpoint, layout.name, MAIN))
 
 
 class Words:

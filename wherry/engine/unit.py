@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from wherry import tensorfile
+from wherry import cargo, tensorfile
 from wherry.checkpoint import INDEX, Checkpoint, natural, stack
 from wherry.errors import Corrupt
 from wherry.formats import compressed_tensors
@@ -142,7 +142,7 @@ def assemble(plan: Plan, journal: Journal, done: list[TensorFile], folder: Path)
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     config["quantization_config"] = compressed_tensors.quantization_config(schemes, left)
     tensorfile.write_pieces(folder / "config.json", [json.dumps(config, indent=2, sort_keys=True).encode()])
-    compressed_tensors.side_files(checkpoint, folder)
+    cargo.beside(checkpoint.path, checkpoint.task, folder)
     tensorfile.write_pieces(folder / "recipe.yaml", [plan.recipe.to_yaml().encode()])
     return facts
 

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
+from wherry import cargo
 from wherry.artifact import MANIFEST, Artifact
-from wherry.checkpoint import SIDE_FILES, Checkpoint, Safetensors, natural
+from wherry.checkpoint import Checkpoint, Safetensors, natural
 from wherry.errors import Corrupt, Unsupported
 from wherry.locate import license_of, name_of
 from wherry.ops import layout
@@ -226,17 +227,6 @@ def load(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def side_files(checkpoint: Checkpoint, out: Path) -> None:
-    """Copy tokenizer, generation config and the like, and write the task."""
-    for name in SIDE_FILES:
-        if (checkpoint.path / name).is_file():
-            (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(checkpoint.path / name, out / name)
-    (out / "task.json").write_text(
-        json.dumps(checkpoint.task.to_dict(), indent=1, sort_keys=True) + "\n", encoding="utf8"
-    )
-
-
 def save(checkpoint: Checkpoint, out: Path, progress: Progress) -> Artifact:
     """A compressed checkpoint is this format already; this copies it file by file."""
     if not isinstance(checkpoint.source, Packed):
@@ -247,19 +237,8 @@ def save(checkpoint: Checkpoint, out: Path, progress: Progress) -> Artifact:
     for i, file in enumerate([*files, checkpoint.path / "config.json", *filter(Path.exists, (index, tables))]):
         progress(i, len(files) + 1, file.name)
         shutil.copyfile(file, out / file.name)
-    side_files(checkpoint, out)
-    return Artifact.seal(out, **manifest(checkpoint, files[0].name))
-
-
-def manifest(checkpoint: Checkpoint, main: str) -> dict[str, Any]:
-    """The manifest's facts of a compressed-tensors folder."""
-    from wherry import __version__
-
-    return {
-        "wherry": __version__, "format": "compressed_tensors", "main": main, "task": checkpoint.task.to_dict(),
-        "model": checkpoint.name, "recipe": checkpoint.recipe, "source": checkpoint.origin,
-        "license": checkpoint.license, "params": checkpoint.params, "plan": checkpoint.plan,
-    }  # fmt: skip
+    cargo.beside(checkpoint.path, checkpoint.task, out)
+    return Artifact.seal(out, **cargo.facts(checkpoint, "compressed_tensors", files[0].name))
 
 
 def decode(artifact: Artifact) -> Iterator[tuple[str, Any]]:

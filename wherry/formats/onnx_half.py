@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from wherry import cargo
 from wherry.artifact import Artifact
 from wherry.errors import Diverged, Unsupported
 
@@ -56,7 +57,7 @@ def save(checkpoint: "Checkpoint", out: Path, progress: "Progress") -> Artifact:
     for file in out.glob("float.onnx*"):
         file.unlink()
     onnx.save(half, out / MAIN, save_as_external_data=half.ByteSize() > 1 << 28, location=f"{MAIN}.data")
-    whole.beside(checkpoint, out)
+    cargo.beside(checkpoint.path, checkpoint.task, out)
     progress(1, 2, "reload and compare")
     manifest = whole.manifest(checkpoint, [], []) | {"half": True}
     made, original = whole.session(out / MAIN), whole.session(checkpoint.graph.path)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from wherry import cargo
 from wherry.artifact import Artifact
 from wherry.errors import Corrupt, Diverged, Unsupported
 
@@ -58,7 +59,7 @@ def save(checkpoint: "Checkpoint", out: Path, progress: "Progress", half: bool =
         reason = " ".join(str(error).split())[:200]
         raise Unsupported(f"OpenVINO {ov.__version__} does not convert {checkpoint.path}: {reason}") from error
     ov.save_model(model, str(out / MAIN), compress_to_fp16=half)
-    whole.beside(checkpoint, out)
+    cargo.beside(checkpoint.path, checkpoint.task, out)
     progress(1, 2, "reload and compare")
     manifest = whole.manifest(checkpoint, [], [], "openvino", MAIN)
     products, tables = decoders(ov.Core().read_model(str(out / MAIN)))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from wherry import cargo
 from wherry.artifact import Artifact
 from wherry.errors import Unsupported
 
@@ -57,7 +58,7 @@ def save(checkpoint: "Checkpoint", out: Path, progress: "Progress") -> Artifact:
     for file in out.iterdir():
         if file.name not in (MAIN, OPERATORS):
             file.unlink()
-    whole.beside(checkpoint, out)
+    cargo.beside(checkpoint.path, checkpoint.task, out)
     progress(1, 2, "reload and compare")
     manifest = whole.manifest(checkpoint, [], [], "ort", MAIN)
     made, original = whole.session(out / MAIN), whole.session(checkpoint.graph.path)

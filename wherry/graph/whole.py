@@ -7,8 +7,6 @@ Checks, each with its figure in the manifest; one that fails is a failed export:
                             farther from the float graph than this
 """
 
-import json
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
+from wherry import cargo
 from wherry.artifact import Artifact
 from wherry.errors import Diverged
 from wherry.graph import foreign
@@ -42,18 +41,6 @@ def check(what: str, value: float, unit: str, limit: float | None, note: str) ->
     return {k: v for k, v in entry.items() if v is not None}
 
 
-def beside(checkpoint: "Checkpoint", out: Path) -> None:
-    """Copy the tokenizer's files, the licence and the like, and write task.json."""
-    from wherry.checkpoint import SIDE_FILES
-
-    for name in SIDE_FILES:
-        if name != "task.json" and (checkpoint.path / name).is_file():
-            (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(checkpoint.path / name, out / name)
-    text = json.dumps(checkpoint.task.to_dict(), indent=1, sort_keys=True) + "\n"
-    (out / "task.json").write_text(text, encoding="utf8")
-
-
 def agree(artifact: Artifact, one: Run, other: Run, limit: float, what: str) -> dict[str, Any]:
     """Check that two runs give the same outputs for random inputs at two batch sizes. Raises Diverged when not."""
     worst = max(difference(one(feeds), other(feeds)) for feeds in (artifact.example(1), artifact.example(3)))
@@ -67,14 +54,8 @@ def manifest(
     main: str = "model.onnx",
 ) -> dict[str, Any]:  # fmt: skip
     """The facts of a folder that holds a graph."""
-    from wherry import __version__
-
-    return {
-        "wherry": __version__, "format": form, "graph": True, "main": main, "task": checkpoint.task.to_dict(),
-        "model": checkpoint.name, "recipe": checkpoint.recipe, "source": checkpoint.origin or checkpoint.name,
-        "license": checkpoint.license, "params": checkpoint.params, "plan": plan, "checks": checks,
-        "inputs": inputs_of(checkpoint.graph.path),
-    }  # fmt: skip
+    own = {"graph": True, "source": checkpoint.origin or checkpoint.name, "plan": plan, "checks": checks}
+    return cargo.facts(checkpoint, form, main) | own | {"inputs": inputs_of(checkpoint.graph.path)}
 
 
 def inputs_of(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from wherry import tensorfile
+from wherry import cargo, tensorfile
 from wherry.artifact import Artifact
 from wherry.engine.graph import bias, draw, observe
 from wherry.engine.graph.place import Places, place
@@ -43,7 +43,7 @@ def deliver(plan: Plan, batches: list[dict[str, np.ndarray]], result: Path, prog
     facts, integer = run(plan, batches, result, progress)
     progress(1, 1, "reload and compare")
     checks = whole.checks(result / "model.onnx", checkpoint.graph.path, batches, integer)
-    whole.beside(checkpoint, result)
+    cargo.beside(checkpoint.path, checkpoint.task, result)
     tensorfile.write_pieces(result / "recipe.yaml", [plan.recipe.to_yaml().encode()])
     return Artifact.seal(result, **whole.manifest(checkpoint, facts, checks) | {"recipe": str(plan.recipe)})
 

@@ -1,9 +1,7 @@
 """Write a Checkpoint as one .gguf file, tensor by tensor."""
 
-import json
 import os
 import re
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -12,8 +10,9 @@ import torch
 from gguf import GGUFWriter
 from gguf.constants import GGMLQuantizationType, GGUFValueType, LlamaFileType
 
+from wherry import cargo
 from wherry.artifact import Artifact
-from wherry.checkpoint import SIDE_FILES, Checkpoint
+from wherry.checkpoint import Checkpoint
 from wherry.errors import Exhausted, Unsupported
 from wherry.formats.gguf.blocks import BLOCK, BYTES, kind_of, note_of, pack
 from wherry.formats.gguf.names import (
@@ -137,18 +136,14 @@ def save(checkpoint: Checkpoint, out: Path, progress: Progress) -> Artifact:
         os.fsync(writer.fout[0].fileno())
         writer.close()
         os.replace(temporary, file)
-        _side_files(checkpoint, out)
+        cargo.beside(checkpoint.path, checkpoint.task, out)
     except OSError as error:
         raise Exhausted(f"cannot write {file}: {error.strerror or error}.\nFree space or choose another -o.") from error
     finally:
         writer.close()
         temporary.unlink(missing_ok=True)
     progress(len(stored), len(stored), file.name)
-    return Artifact.seal(
-        out, wherry=__version__, format="gguf", main=file.name, task=checkpoint.task.to_dict(), model=checkpoint.name,
-        recipe=checkpoint.recipe, source=checkpoint.origin, license=checkpoint.license, params=checkpoint.params,
-        plan=checkpoint.plan,
-    )  # fmt: skip
+    return Artifact.seal(out, **cargo.facts(checkpoint, "gguf", file.name))
 
 
 def _names(checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
@@ -211,14 +206,3 @@ def _add_vocabulary(writer: GGUFWriter, made: Vocabulary) -> None:
     writer.add_add_space_prefix(made.space_prefix)
     if made.template:
         writer.add_chat_template(made.template)
-
-
-def _side_files(checkpoint: Checkpoint, out: Path) -> None:
-    """The tokenizer's and the task's files, for servers that tokenize by themselves."""
-    for name in SIDE_FILES:
-        if (checkpoint.path / name).is_file():
-            (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(checkpoint.path / name, out / name)
-    (out / "task.json").write_text(
-        json.dumps(checkpoint.task.to_dict(), indent=1, sort_keys=True) + "\n", encoding="utf8"
-    )

@@ -12,11 +12,11 @@ are the checkpoint's, bit for bit; scales are float32, because ONNX Runtime's CP
 
 import importlib.util
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from wherry import cargo
 from wherry.artifact import Artifact
 from wherry.errors import BadInput, Missing
 
@@ -56,8 +56,6 @@ def save(
         Unsupported: the architecture or a scheme; see `check`.
         Corrupt, Diverged: the file did not pass its checks.
     """
-    from wherry import __version__
-
     packages(checkpoint.task.kind)
     from wherry.formats.onnx import decoder, encoder, proof
 
@@ -65,7 +63,9 @@ def save(
         raise BadInput(f"activations={activations} is not float32 or int8")
     exact, generator = activations == "float32", checkpoint.task.kind == "text-generation"
     progress(0, 3, "tokenizer")
-    side_files(checkpoint, out)
+    cargo.beside(checkpoint.path, checkpoint.task, out)
+    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    (out / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf8")
     progress(1, 3, "graph and weights")
     (decoder if generator else encoder).build(checkpoint, out, exact)
     progress(2, 3, "reload and compare")
@@ -76,13 +76,8 @@ def save(
         checks += proof.encoder(checkpoint, out / MAIN, exact)
         if integers := proof.integer_layers(checkpoint):
             checks += proof.fused(out / MAIN, integers)
-    manifest: dict[str, Any] = {
-        "wherry": __version__, "format": "onnx", "main": MAIN, "task": checkpoint.task.to_dict(),
-        "model": checkpoint.name, "recipe": checkpoint.recipe, "source": checkpoint.origin,
-        "license": checkpoint.license, "params": checkpoint.params, "plan": plan, "activations": activations,
-        "checks": checks,
-    }  # fmt: skip
-    return Artifact.seal(out, **manifest)
+    more = {"plan": plan, "activations": activations, "checks": checks}
+    return Artifact.seal(out, **cargo.facts(checkpoint, "onnx", MAIN) | more)
 
 
 def load(path: Path) -> "Checkpoint":
@@ -91,19 +86,6 @@ def load(path: Path) -> "Checkpoint":
     from wherry.graph import source
 
     return source.load(path)
-
-
-def side_files(checkpoint: "Checkpoint", out: Path) -> None:
-    """Copy tokenizer and generation config; write config.json without its quantization and the task."""
-    from wherry.checkpoint import SIDE_FILES
-
-    for name in SIDE_FILES:
-        if (checkpoint.path / name).is_file():
-            (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(checkpoint.path / name, out / name)
-    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    for name, content in (("config.json", config), ("task.json", checkpoint.task.to_dict())):
-        (out / name).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf8")
 
 
 def decode(artifact: Artifact) -> Iterator[tuple[str, Any]]:

@@ -84,6 +84,12 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
     return out
 
 
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Bytes [..., m] to codes [..., m * 8 / bits], lowest bits first."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return ((packed[..., None] >> shifts) & ((1 << bits) - 1)).reshape(*packed.shape[:-1], -1)
+
+
 def blocks(tensor: QTensor) -> Blocks:
     """The codes, scales and zeros of a weight [n, k], bit for bit, in the operators' layout."""
     n, k = tensor.shape

@@ -23,6 +23,9 @@ from wherry.artifact import MANIFEST, Artifact
 from wherry.checkpoint import Checkpoint
 from wherry.errors import Corrupt, Missing, Unsupported
 from wherry.graph import tidy
+from wherry.graph.blocks import unpack
+from wherry.graph.edit import CODES, SCALES
+from wherry.graph.proto import bytes_of, every_graph, located
 from wherry.locate import license_of
 from wherry.report import read_object
 from wherry.scheme import Group, QTensor, Row, Scheme
@@ -32,8 +35,7 @@ LEAST_OPSET, MOST_OPSET = 13, 25
 QUANTIZED = ("DequantizeLinear", "MatMulNBits", "MatMulInteger", "ConvInteger")
 RECURRENT = ("LSTM", "GRU", "RNN")
 MAIN = "model.onnx"
-CODES, SCALES = ".codes", ".scales"
-DRAWN = (".scale", ".zero", ".drawn", SCALES)  # what quantizing adds beside codes
+DRAWN = (".scale", ".zero", SCALES)  # what quantizing adds beside codes
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
@@ -82,42 +84,16 @@ def read(file: Path) -> onnx.ModelProto:
             f"{file} uses operator set {opset}; {LEAST_OPSET} to {MOST_OPSET} are read.\n"
             f"Convert it: onnx.version_converter.convert_version(model, 21)"
         )
-    for tensor in [t for graph in graphs(proto.graph) for t in graph.initializer]:
+    for tensor in [t for graph in every_graph(proto.graph) for t in graph.initializer]:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            outside(file, tensor)
-        elif tensor.HasField("raw_data") and tensor.data_type != onnx.TensorProto.STRING:
-            count, bits = int(np.prod(tensor.dims, dtype=np.int64)), ir.DataType(tensor.data_type).bitwidth
-            if len(tensor.raw_data) != -(-count * bits // 8):
-                raise Corrupt(f"{file}: {tensor.name} has {len(tensor.raw_data):,} bytes for shape {list(tensor.dims)}")
+            located(tensor, file.parent)
+        elif tensor.HasField("raw_data") and len(tensor.raw_data) != bytes_of(tensor):
+            raise Corrupt(f"{file}: {tensor.name} has {len(tensor.raw_data):,} bytes for shape {list(tensor.dims)}")
     try:
         onnx.checker.check_model(str(file))
     except onnx.checker.ValidationError as error:
         raise Corrupt(f"{file} is not a valid graph: {' '.join(str(error).split())[:200]}") from error
     return proto
-
-
-def graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
-    """A graph and all those inside of its nodes (branches, loops)."""
-    inner = [a.g for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-    return [graph, *(g for part in inner for g in graphs(part))]
-
-
-def outside(file: Path, tensor: onnx.TensorProto) -> None:
-    """Check what a tensor says of its data's file. Raises Corrupt or Missing."""
-    facts = {entry.key: entry.value for entry in tensor.external_data}
-    place = file.parent / facts.get("location", "")
-    if not facts.get("location") or not place.resolve().is_relative_to(file.parent.resolve()):
-        raise Corrupt(f"{file}: the data of {tensor.name} lie outside of the folder: {facts.get('location', '')!r}")
-    if not place.is_file():
-        raise Missing(f"{file} needs {facts['location']} beside it (data of {tensor.name}).\nCopy it there.")
-    try:
-        begin, length = int(facts.get("offset", 0)), int(facts.get("length", -1))
-    except ValueError as error:
-        raise Corrupt(f"{file}: {tensor.name} gives no number as the place of its data: {facts}") from error
-    count, bits = int(np.prod(tensor.dims, dtype=np.int64)), ir.DataType(tensor.data_type).bitwidth
-    need = -(-count * bits // 8)
-    if begin < 0 or length not in (-1, need) or begin + need > place.stat().st_size:
-        raise Corrupt(f"{place} is cut off or of another model: {tensor.name} wants {need:,} bytes at {begin:,}")
 
 
 def stored_at(node: ir.Node, i: int, value: ir.Value) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
@@ -150,12 +126,6 @@ def extents(value: ir.Value) -> tuple[int, ...]:
     """Shape of an initializer."""
     assert value.const_value is not None
     return tuple(int(n) for n in value.const_value.shape)  # type: ignore[arg-type]
-
-
-def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
-    """Bytes [..., m] to codes [..., m * 8 / bits], lowest bits first."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return ((packed[..., None] >> shifts) & ((1 << bits) - 1)).reshape(*packed.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
@@ -194,7 +164,8 @@ class Layer:
 class Graph:
     """A Source over a graph; `model` is the plain graph in memory, its large weights read when they are asked for."""
 
-    def __init__(self, path: Path, model: ir.Model) -> None:
+    def __init__(self, path: Path, model: ir.Model, plain: bool = False) -> None:
+        """A graph of that file. plain: it was made plain before."""
         self.path, self.model = path, model
         for tensor in model.graph.initializers.values():
             if isinstance(tensor.const_value, ir.ExternalTensor):
@@ -206,13 +177,13 @@ class Graph:
         self.opset = int(model.graph.opset_imports.get("", model.graph.opset_imports.get("ai.onnx", 0)))
         coded = any(name.endswith(CODES) for name in model.graph.initializers)
         self.quantized = coded or any(node.op_type in QUANTIZED for node in model.graph)
-        if not self.quantized:
+        if not self.quantized and not plain:
             tidy.tidy(model)
         self.find()
 
     def copy(self) -> "Graph":
         """The same graph, to be changed."""
-        return Graph(self.path, ir.from_proto(ir.to_proto(self.model)))
+        return Graph(self.path, ir.from_proto(ir.to_proto(self.model)), plain=True)
 
     def find(self) -> None:
         """Find the layers and the other tensors; again after the graph was changed."""
@@ -237,7 +208,7 @@ class Graph:
         codes, scales, zeros = stored_at(node, i, value)
         if codes.const_value is None or codes.is_graph_input():
             return None
-        rank, kind = len(codes.const_value.shape), node.op_type.removesuffix("Integer")
+        rank, kind = len(codes.const_value.shape), node.op_type
         if scales is None and codes.const_value.dtype not in FLOATS:
             return None
         name = str(codes.name)
@@ -325,10 +296,8 @@ class Graph:
             codes = unpack(array, scheme.bits).reshape(n, k).astype(np.int16) - shift
             zeros = None
             if layer.zeros is not None:
-                zeros = (
-                    unpack(constant(layer.zeros).reshape(n, -1), scheme.bits)[:, : scale.size // n].astype(np.int16)
-                    - shift
-                )
+                found = unpack(constant(layer.zeros).reshape(n, -1), scheme.bits)
+                zeros = found[:, : scale.size // n].astype(np.int16) - shift
         else:
             shift = shift if str(array.dtype).startswith("uint") else 0
             codes = layer.matrix(array.astype(np.int16) - shift)

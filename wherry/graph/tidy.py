@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from wherry.graph import edit
+
 FOLD_MOST = 1 << 22  # values of a constant that folding may make; larger ones stay operators
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -51,10 +53,7 @@ def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     while unique in graph.initializers:
         count += 1
         unique = f"{name}.{count}"
-    tensor = ir.tensor(array.copy(order="C"), name=unique)
-    value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
+    return edit.constant(graph, unique, array)
 
 
 def attribute(node: ir.Node, name: str, default: Any) -> Any:

@@ -83,6 +83,14 @@ def session(path: Path, optimized: Path | None = None, plain: bool = False) -> A
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
+def executed(path: Path) -> tuple[Any, Counter[str]]:
+    """A session, and how often it runs each operator of the graph that ONNX Runtime has made of the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        runtime = session(path, optimized)
+        return runtime, Counter(n.op_type for n in onnx.load(optimized, load_external_data=False).graph.node)
+
+
 def difference(reference: list[np.ndarray], other: list[np.ndarray]) -> float:
     """Relative RMS of the worst float output; infinite where one is not finite. Whole numbers are passed over."""
     worst = 0.0
@@ -103,10 +111,7 @@ def checks(path: Path, original: Path, batches: Batches, integer: int) -> list[d
     """All of them. integer: products that are planned in integers. Raises Diverged, naming the figure and its limit."""
     real = bool(batches)
     batches = batches[:CHECKED] or [Artifact(path.parent, {"inputs": inputs_of(path)}).example(2)]
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder) / "optimized.onnx"
-        fused = session(path, optimized)
-        nodes = Counter(n.op_type for n in onnx.load(optimized, load_external_data=False).graph.node)
+    fused, nodes = executed(path)
     plain, source = session(path, plain=True), session(original)
     inputs = [value.name for value in source.get_inputs()]
     feeds = [{name: batch[name] for name in inputs} for batch in batches]
@@ -117,13 +122,16 @@ def checks(path: Path, original: Path, batches: Batches, integer: int) -> list[d
     far = max(difference(x, y) for x, y in zip(a, b, strict=True))
     said = max(difference(x, y) for x, y in zip(a, c, strict=True))
     kind = "real" if real else "random"
-    what = f"float graph || ONNX Runtime, {len(feeds)} batches of {kind} inputs, one of a single row"
+    what = f"float graph || ONNX Runtime, {len(feeds)} batches of {kind} inputs" + (
+        ", one of a single row" if same else ""
+    )
+    limit = OWN_MOST * said + OWN_FLOOR
     if not far <= DIFFERENCE_MOST:
         raise Diverged(
             f"{path.name} is {far:.3g} (relative RMS) from the original, above {DIFFERENCE_MOST}.\n"
             "Leave the most sensitive layers out with ignore=, or take another activation_observer."
         )
-    if not far <= OWN_MOST * said + OWN_FLOOR:
+    if not far <= limit:
         raise Diverged(
             f"{path.name}: on this processor's integer kernels it is {far:.3g} from the original, by the specification "
             f"{said:.3g} (relative RMS).\nWithout VNNI sums of int8 products saturate: use W8A16."
@@ -136,7 +144,6 @@ def checks(path: Path, original: Path, batches: Batches, integer: int) -> list[d
     listed = ", ".join(f"{count} {kind}" for kind, count in found.items()) or "none"
     left = sum(nodes[kind] for kind in ("Conv", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul"))
     out = [check("relative difference", far, "", DIFFERENCE_MOST, what)]
-    limit = OWN_MOST * said + OWN_FLOOR
     out.append(
         check("relative difference by the specification", said, "", None, f"unfused; fused may be up to {limit:.3g}")
     )

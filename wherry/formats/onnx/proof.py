@@ -3,8 +3,6 @@
 Each check is a dict {what, value, unit, limit, note} in the manifest under `checks`. One that fails raises.
 """
 
-import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ from wherry.checkpoint import Checkpoint
 from wherry.errors import Corrupt, Diverged
 from wherry.formats.onnx.encoder import Pooled
 from wherry.graph import edit
-from wherry.graph.whole import check
+from wherry.graph.whole import check, executed
+from wherry.graph.whole import session as session_of
 from wherry.scheme import QTensor
 
 LIMITS = {True: {"kl": 1e-3, "cosine": 1e-4}, False: {"kl": 5e-2, "cosine": 1e-2}}  # by `exact`
@@ -59,10 +58,7 @@ def holds(checkpoint: Checkpoint, path: Path) -> tuple[list[dict[str, Any]], lis
 
 def fused(path: Path, wanted: int) -> list[dict[str, Any]]:
     """Count the operators that ONNX Runtime makes of the graph. Raises Diverged when int8 products run in float."""
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder) / "optimized.onnx"
-        open_session(path, optimized)
-        nodes = Counter(n.op_type for n in onnx.load(optimized, load_external_data=False).graph.node)
+    _, nodes = executed(path)
     kinds = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger")
     found = {kind: nodes[kind] for kind in kinds if nodes[kind]}
     if sum(found.values()) != wanted:
@@ -83,7 +79,7 @@ def generator(checkpoint: Checkpoint, path: Path, exact: bool) -> list[dict[str,
     with torch.no_grad():
         reference = checkpoint.module()(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].double()
     reference = torch.log_softmax(reference, -1).numpy()
-    session = open_session(path)
+    session = session_of(path)
     past = {i.name: np.zeros((1, i.shape[1], 0, width(checkpoint)), np.float32) for i in session.get_inputs()[2:]}
     names = [o.name for o in session.get_outputs()]
 
@@ -111,18 +107,6 @@ def generator(checkpoint: Checkpoint, path: Path, exact: bool) -> list[dict[str,
     return out
 
 
-def open_session(path: Path, optimized: Path | None = None) -> Any:
-    """An ONNX Runtime session on the CPU that keeps quiet; writes the graph that it really runs to `optimized`."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
 def width(checkpoint: Checkpoint) -> int:
     """Numbers per attention head."""
     config = checkpoint.config
@@ -141,7 +125,7 @@ def encoder(checkpoint: Checkpoint, path: Path, exact: bool) -> list[dict[str, A
     module = checkpoint.module()
     round_inputs(module, checkpoint)
     pooled = Pooled(module, task).eval().double()
-    session = open_session(path)
+    session = session_of(path)
     words = " ".join(task.examples()).split()
     texts = [" ".join(words[i : i + n]) for n in (3, 7, len(words)) for i in range(0, len(words) - n + 1, 3)]
     distances: list[float] = []

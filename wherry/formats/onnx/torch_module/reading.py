@@ -8,6 +8,7 @@ from onnx import TensorProto
 
 from wherry.errors import BadInput, Corrupt, Missing, Unsupported
 from wherry.formats.onnx.torch_module.values import dtype_of
+from wherry.graph.proto import every_graph, located
 
 OLDEST, NEWEST = 13, 28  # opsets of ONNX's own domain
 
@@ -129,17 +130,6 @@ SAME_SINCE = {
 }  # fmt: skip
 
 
-def every_graph(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
-    """The graph and all that stand inside of its nodes."""
-    out = [graph]
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in [attribute.g, *attribute.graphs]:
-                if inner.node or inner.output:
-                    out += every_graph(inner)
-    return out
-
-
 def tensors(model: onnx.ModelProto) -> list[TensorProto]:
     """All tensors of the file."""
     out = []
@@ -197,29 +187,12 @@ def order(graph: onnx.GraphProto) -> None:
 
 
 def external(tensor: TensorProto, folder: Path | None) -> None:
-    """Read the bytes of a tensor that lie in another file of the same folder.
-
-    Raises Missing when there is no such file, Corrupt when it lies elsewhere, is a link out, or is too short.
-    """
-    facts = {entry.key: entry.value for entry in tensor.external_data}
+    """Read the bytes of a tensor that lie in another file of the same folder. Raises: as `located`."""
     if folder is None:
-        raise Missing(f"tensor {tensor.name!r} lies in another file, {facts.get('location')!r}; give the model's path")
-    place = facts.get("location", "")
-    root, file = folder.resolve(), (folder / place).resolve()
-    if not place or Path(place).is_absolute() or not file.is_relative_to(root):
-        raise Corrupt(f"tensor {tensor.name!r} points outside of the model's folder: {place!r}; it was not read")
-    if not file.is_file():
-        raise Missing(f"{file} is not there; tensor {tensor.name!r} of the model lies in it: copy it beside the model")
-    try:
-        offset, length = int(facts.get("offset", 0)), int(facts["length"]) if "length" in facts else None
-    except ValueError as error:
-        raise Corrupt(f"tensor {tensor.name!r}: its place in {place} cannot be read: {error}") from error
-    size = file.stat().st_size
-    length = size - offset if length is None else length
-    if offset < 0 or length < 0 or offset + length > size:
-        raise Corrupt(f"{file} has {size} bytes; tensor {tensor.name!r} would be at {offset} to {offset + length}")
+        raise Missing(f"tensor {tensor.name!r} lies in another file; give the model's path, not the model")
+    file, begin, length = located(tensor, folder)
     with open(file, "rb") as stream:
-        stream.seek(offset)
+        stream.seek(begin)
         tensor.raw_data = stream.read(length)
     del tensor.external_data[:]
     tensor.data_location = TensorProto.DEFAULT

@@ -32,9 +32,10 @@ from wherry.formats.onnx.torch_module import (  # noqa: F401 - each fills the ta
 from wherry.formats.onnx.torch_module.builder import Builder
 from wherry.formats.onnx.torch_module.inference import infer
 from wherry.formats.onnx.torch_module.names import clean
-from wherry.formats.onnx.torch_module.reading import every_graph, read
+from wherry.formats.onnx.torch_module.reading import read
 from wherry.formats.onnx.torch_module.table import TABLE
 from wherry.formats.onnx.torch_module.values import DTYPES, Constant, from_array
+from wherry.graph.proto import every_graph
 
 TOLERANCE = 1e-4  # of the largest output, between two examples together and each alone
 

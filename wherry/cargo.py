@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from wherry.task import Task
 
 if TYPE_CHECKING:
+    from wherry.artifact import Artifact
     from wherry.checkpoint import Checkpoint
 
 # beside config.json and the weights
@@ -41,3 +42,9 @@ def facts(checkpoint: "Checkpoint", form: str, main: str) -> dict[str, Any]:
         "model": checkpoint.name, "recipe": checkpoint.recipe, "source": checkpoint.origin,
         "license": checkpoint.license, "params": checkpoint.params, "plan": checkpoint.plan,
     }  # fmt: skip
+
+
+def command(artifact: "Artifact") -> list[str]:
+    """Copy-paste lines that load what a stock ONNX Runtime reads."""
+    session = f"onnxruntime.InferenceSession('{artifact.main}')"
+    return [f'python -c "import onnxruntime; s = {session}"', f"wherry serve {artifact.path}"]

@@ -1,15 +1,15 @@
 """Outputs: how far a model's raw outputs are from the original's, where no label says what is right.
 
 relative difference   root of the mean squared difference over that of the original's outputs, the worst output counts
-top-1 agreement       share of examples whose largest output is the same one, with its interval (Wilson)
+same class            share of examples whose largest output is the same one, with its interval
 Shapes: outputs [batch, ...] by name; whole-number outputs are not compared.
-Source: Wilson 1927, Probable Inference, JASA 22 (the interval of a share).
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from wherry.evaluate import interval
 from wherry.report import Report
 
 Outputs = Sequence[dict[str, np.ndarray]]
@@ -38,15 +38,9 @@ def compare(base: Outputs | None, found: Outputs, where: str, classes: bool) -> 
     first = next(iter(base[0]))
     if classes and base[0][first].ndim == 2:
         same = np.concatenate([a[first].argmax(-1) == b[first].argmax(-1) for a, b in zip(base, found, strict=True)])
-        low, high = wilson(float(same.mean()), len(same))
-        report.add("top-1 agreement", where, 100 * float(same.mean()), "%", low=100 * low, high=100 * high)
-        good, note = good and low >= AGREE, f"{note}; top-1 agreement at least {AGREE:.0%} at the bad end"
+        share = interval.share([hit[None] for hit in same])
+        low, high = share.low or 0.0, 1.0 if share.high is None else share.high
+        report.add("same class", where, 100 * share.value, "%", 100 * low, 100 * high, "as the original's likeliest")
+        good, note = good and low >= AGREE, f"{note}; the same class at least {AGREE:.0%} at the bad end"
     report.add("check: near the original", where, good, note=note)
     return report
-
-
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Interval of a share of `count` examples, 95% by default."""
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return float(max(centre - half, 0.0)), float(min(centre + half, 1.0))

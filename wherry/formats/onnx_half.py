@@ -12,6 +12,7 @@ import numpy as np
 
 from wherry import cargo
 from wherry.artifact import Artifact
+from wherry.cargo import command
 from wherry.errors import Diverged, Unsupported
 
 if TYPE_CHECKING:
@@ -67,14 +68,8 @@ def save(checkpoint: "Checkpoint", out: Path, progress: "Progress") -> Artifact:
 
 
 def decode(artifact: Artifact) -> Iterator[tuple[str, np.ndarray]]:
-    """Nothing is quantized here; what it computes was compared with the float32 graph."""
+    """Nothing: what it computes was compared with the float32 graph."""
     return iter(())
-
-
-def command(artifact: Artifact) -> list[str]:
-    """Copy-paste lines that load the result."""
-    session = f"onnxruntime.InferenceSession('{artifact.main}')"
-    return [f'python -c "import onnxruntime; s = {session}"', f"wherry serve {artifact.path}"]
 
 
 __all__ = ["check", "command", "decode", "save"]

@@ -15,6 +15,7 @@ import numpy as np
 
 from wherry import cargo
 from wherry.artifact import Artifact
+from wherry.cargo import command
 from wherry.errors import Unsupported
 
 if TYPE_CHECKING:
@@ -75,14 +76,8 @@ def save(checkpoint: "Checkpoint", out: Path, progress: "Progress") -> Artifact:
 
 
 def decode(artifact: Artifact) -> Iterator[tuple[str, np.ndarray]]:
-    """Nothing: the format keeps no names of weights. What it computes was compared with the ONNX file."""
+    """Nothing: the format keeps no names of weights; what it computes was compared with the ONNX file."""
     return iter(())
-
-
-def command(artifact: Artifact) -> list[str]:
-    """Copy-paste lines that load the result."""
-    session = f"onnxruntime.InferenceSession('{artifact.main}')"
-    return [f'python -c "import onnxruntime; s = {session}"', f"wherry serve {artifact.path}"]
 
 
 __all__ = ["check", "command", "decode", "save"]

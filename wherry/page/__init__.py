@@ -23,6 +23,8 @@ MEASURES = {
         ("perplexity ratio", "Perplexity, times the original's"),
         ("kl", "KL divergence from the original"),
         ("top-1 agreement", "Same likeliest next token"),
+        ("same class", "Same likeliest class"),
+        ("relative difference", "Outputs' distance from the original's"),
         ("spearman", "Spearman's correlation"),
         ("spearman difference", "Spearman, change"),
         ("pearson", "Pearson's correlation"),
@@ -36,7 +38,8 @@ MEASURES = {
         ("decode", "Writing an answer"),
         ("time to first token", "Time to the first token"),
         ("sentences", "Embedding"),
-        ("latency", "One sentence"),
+        ("examples", "Examples together"),
+        ("latency", "One alone"),
         ("peak memory", "Peak memory"),
     ),
 }

@@ -13,7 +13,7 @@ from wherry.task import Task
 
 # measures of a report that are shown, in this order
 PROOF = (
-    "bytes", "perplexity", "perplexity ratio", "kl", "top-1 agreement", "spearman", "spearman difference",
+    "bytes", "perplexity", "perplexity ratio", "kl", "top-1 agreement", "same class", "spearman", "spearman difference",
     "embedding agreement", "accuracy", "top-5 accuracy", "macro f1", "token f1", "map", "frame f1",
     "relative difference", "latency", "examples", "prefill", "decode", "sentences", "peak memory",
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 const LABELS = {
   bytes: "Weight files", perplexity: "Perplexity", "perplexity ratio": "Perplexity ratio", kl: "KL to the original",
-  "top-1 agreement": "Same next token", spearman: "Spearman",
+  "top-1 agreement": "Same next token", "same class": "Same likeliest class", spearman: "Spearman",
   "spearman difference": "Spearman, change",
   "embedding agreement": "Cosine with the original", prefill: "Reading speed", decode: "Writing speed",
   sentences: "Speed", "peak memory": "Peak memory", accuracy: "Accuracy", "top-5 accuracy": "Top-5 accuracy",

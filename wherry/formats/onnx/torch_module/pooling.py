@@ -59,24 +59,25 @@ def max_pool(
     return y.to(x.dtype), place + first
 
 
-@builds("MaxPool")
-def _max_pool(b: Builder, node: Node) -> Any:
-    x, facts = b.get(node.inputs[0]), node.facts
+def stock(facts: dict[str, Any]) -> dict[str, Any] | None:
+    """Kernel, stride and padding as torch's own pools take them; None where these cannot say what the node says."""
     kernel = facts["kernel_shape"]
     n, pads = len(kernel), facts.get("pads") or [0] * (2 * len(kernel))
     simple = facts.get("auto_pad", "NOTSET") in ("NOTSET", "VALID") and pads[:n] == pads[n:]
     fits = all(2 * p <= k for p, k in zip(pads, kernel, strict=False)) and n in MAX and not facts.get("ceil_mode")
-    if (
-        not simple
-        or not fits
-        or len([o for o in node.outputs if o]) > 1
-        or b.kind(node.inputs[0]) not in (1, 10, 11, 16)
-    ):
-        return NotImplemented
-    if not isinstance(x, fx.Node):
+    if not simple or not fits:
+        return None
+    return {"kernel_size": kernel, "stride": facts.get("strides", [1] * n), "padding": pads[:n]}
+
+
+@builds("MaxPool")
+def _max_pool(b: Builder, node: Node) -> Any:
+    x, facts, pool = b.get(node.inputs[0]), node.facts, stock(node.facts)
+    alone = len([o for o in node.outputs if o]) == 1
+    if pool is None or not alone or b.kind(node.inputs[0]) not in (1, 10, 11, 16) or not isinstance(x, fx.Node):
         return NotImplemented
     more = {"dilation": facts["dilations"]} if set(facts.get("dilations", [1])) != {1} else {}
-    return b.call(MAX[n], x, kernel, stride=facts.get("strides", [1] * n), padding=pads[:n], **more)
+    return b.call(MAX[len(pool["kernel_size"])], x, **pool, **more)
 
 
 def windows(x: Tensor, kernel: list[int], strides: list[int], dilations: list[int]) -> Tensor:
@@ -109,15 +110,11 @@ def average_pool(
 
 @builds("AveragePool")
 def _average_pool(b: Builder, node: Node) -> Any:
-    x, facts = b.get(node.inputs[0]), node.facts
-    kernel = facts["kernel_shape"]
-    n, pads = len(kernel), facts.get("pads") or [0] * (2 * len(kernel))
-    simple = facts.get("auto_pad", "NOTSET") in ("NOTSET", "VALID") and pads[:n] == pads[n:]
-    fits = all(2 * p <= k for p, k in zip(pads, kernel, strict=False)) and n in MAX and not facts.get("ceil_mode")
-    if not simple or not fits or set(facts.get("dilations", [1])) != {1} or not isinstance(x, fx.Node):
+    x, facts, pool = b.get(node.inputs[0]), node.facts, stock(node.facts)
+    if pool is None or set(facts.get("dilations", [1])) != {1} or not isinstance(x, fx.Node):
         return NotImplemented
-    return b.call(AVERAGE[n], x, kernel, stride=facts.get("strides", [1] * n), padding=pads[:n],
-                  count_include_pad=bool(facts.get("count_include_pad", 0)))  # fmt: skip
+    counted = bool(facts.get("count_include_pad", 0))
+    return b.call(AVERAGE[len(pool["kernel_size"])], x, **pool, count_include_pad=counted)
 
 
 @runs("LpPool")

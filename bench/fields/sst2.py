@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from field import Feeds, Field, Run, data_folder, export, write_task
-from minilm import AXES, INPUTS, LENGTH, bert, copy_tokenizer, encode, examples, read, tokenizer, write
+from minilm import AXES, INPUTS, LENGTH, bert, copy_tokenizer, encode, example, examples, read, tokenizer, write
 from torch.nn import functional as F
 
 LABELS = ["negative", "positive"]
@@ -100,12 +100,6 @@ def judge(folder: Path, run: Run) -> np.ndarray:
     rows = read(folder / "held_out.tsv")
     answers = [run("model", encode(folder, row["text"]))["logits"][0].argmax() for row in rows]
     return np.array([[LABELS[answer] == row["label"]] for answer, row in zip(answers, rows, strict=True)], dtype=float)
-
-
-def example(folder: Path) -> dict[str, Feeds]:
-    """A text of 64 tokens."""
-    text = " ".join(row["text"] for row in read(folder / "calibration.tsv")[:20])
-    return {"model": {name: value[:, :64] for name, value in encode(folder, text).items()}}
 
 
 FIELD = Field(

@@ -19,7 +19,7 @@ import torch
 from wherry import cargo, tensorfile
 from wherry.artifact import Artifact
 from wherry.engine.graph import bias, draw, observe
-from wherry.engine.graph.place import Places, place
+from wherry.engine.graph.place import PRODUCTS, Places, place
 from wherry.engine.unit import fact
 from wherry.graph import edit, tidy, whole
 from wherry.graph.source import Graph, Layer, constant, extents
@@ -61,8 +61,7 @@ def run(
     steps = plan.recipe.steps
     kinds = {name: kind(row) for name, row in rows.items()}
     uses = {name: [use.node for use in source.layers[name].value.uses()] for name in rows}
-    static = {use.node for name, k in kinds.items() if k == "static" for use in source.layers[name].value.uses()}
-    static = {node for node in static if node.op_type in ("Conv", "Gemm", "MatMul")}
+    static = {node for name, k in kinds.items() if k == "static" for node in uses[name] if node.op_type in PRODUCTS}
     places = place(graph, static, any(step.attention for step in steps)) if static else Places()
     watched = {name: step for name, row in rows.items() if hasattr(step := steps[row.step], "observe")}
     notes: dict[str, list[str]] = {name: [] for name in rows}

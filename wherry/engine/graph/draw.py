@@ -89,15 +89,13 @@ def rounded_for(node: ir.Node, value: ir.Value, places: Places) -> bool:
 
 def weight(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> ir.Value:
     """Codes of one weight and their DequantizeLinear, in the place of the float weight. Returns the scales."""
-    shape = extents(layer.value)
-    kind = np.int8
-    codes = layer.stored(q.code.numpy().astype(kind), shape)
+    codes = layer.stored(q.code.numpy().astype(np.int8), extents(layer.value))
     scales = q.scale.float().numpy().reshape(-1)
     users = list(layer.value.uses())
     detach(graph, layer.value)
     value = edit.constant(graph, name + edit.CODES, codes)
     scale = edit.constant(graph, name + edit.SCALES, scales)
-    zeros = np.zeros(len(scales), kind) if q.zero is None else q.zero.numpy().reshape(-1)
+    zeros = np.zeros(len(scales), np.int8) if q.zero is None else q.zero.numpy().reshape(-1)
     dq = ir.node(
         "DequantizeLinear", [value, scale, edit.constant(graph, name + edit.ZEROS, zeros)], {"axis": layer.axis},
         name=f"{name}/dequantize",
@@ -187,10 +185,7 @@ def dynamic(graph: ir.Graph, name: str, layer: Layer, q: QTensor, tokens: Tokens
             tokens[node.inputs[0]] = token(graph, node, node.inputs[0])
         x, step = tokens[node.inputs[0]]
         y = edit.call(node, "Mul", [edit.call(node, "MatMul", [x, decoded], f"{out}/product"), step], f"{out}/scaled")
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        if bias is not None:
-            y = edit.call(node, "Add", [y, bias], f"{out}/biased")
-        tidy.swap(graph, node, y, out)
+        biased(graph, node, y)
 
 
 def token(graph: ir.Graph, node: ir.Node, x: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -217,14 +212,16 @@ def blocked(graph: ir.Graph, name: str, layer: Layer, q: QTensor) -> None:
     detach(graph, layer.value)
     packed = blocks(q)
     for use in users:
-        node, out = use.node, str(use.node.outputs[0].name)
-        x = node.inputs[0]
+        x = use.node.inputs[0]
         assert x is not None
-        y = edit.linear(node, x, name, packed, 0)
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        if bias is not None:
-            y = edit.call(node, "Add", [y, bias], f"{out}/biased")
-        tidy.swap(graph, node, y, out)
+        biased(graph, use.node, edit.linear(use.node, x, name, packed, 0))
+
+
+def biased(graph: ir.Graph, node: ir.Node, product: ir.Value) -> None:
+    """Put a product in the place of a layer, with the layer's bias if it has one."""
+    out, bias = str(node.outputs[0].name), node.inputs[2] if len(node.inputs) > 2 else None
+    y = product if bias is None else edit.call(node, "Add", [product, bias], f"{out}/biased")
+    tidy.swap(graph, node, y, out)
 
 
 def detach(graph: ir.Graph, value: ir.Value) -> None:

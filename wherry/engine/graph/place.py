@@ -68,25 +68,15 @@ def place(graph: ir.Graph, layers: set[ir.Node], attention: bool = False) -> Pla
                 if out is not node.outputs[0]:
                     places.folded.add(node.outputs[0])
                 places.edges.setdefault(out, out)
-                if node.op_type in SAME:
-                    for value in node.outputs:
-                        places.edges[value] = value
-    for node in graph:  # one range for all that hold the same numbers, found at their beginning
-        if node in useful and node.op_type in SAME and node.inputs[0] is not None:
-            for value in node.outputs:
-                if value in places.edges:
-                    places.edges[value] = places.edges.get(node.inputs[0], node.inputs[0])
+                if node.op_type in SAME and node.inputs[0] is not None:  # one range for all that hold the same numbers
+                    source = places.edges.get(node.inputs[0], node.inputs[0])
+                    places.edges.update(dict.fromkeys(node.outputs, source))
     return places
 
 
 def inputs_of(node: ir.Node) -> list[ir.Value]:
     """Inputs of a node that are activations: not weights, shapes or bounds."""
-    if node.op_type in ("Conv", "Gemm"):
-        candidates = [node.inputs[0]]
-    elif node.op_type in SAME:
-        candidates = [node.inputs[0]]
-    else:
-        candidates = list(node.inputs)
+    candidates = [node.inputs[0]] if node.op_type in ("Conv", "Gemm", *SAME) else list(node.inputs)
     return [v for v in candidates if v is not None and tidy.constant(v) is None]
 
 

@@ -424,3 +424,36 @@ def test_methods_that_want_blocks_are_refused(graph, recipe):
 def test_hqq_needs_no_data_on_graphs(graph, tmp_path):
     report = wherry.compress(graph, tmp_path / "out", "hqq:scheme=W8A16,group_size=-1")
     assert report.get("verdict").value == "PASS"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_damaged_file_is_refused_in_a_sentence(tmp_path, graph, seed):
+    good, drawn = (graph / "model.onnx").read_bytes(), np.random.default_rng(seed)
+    said = []
+    for _ in range(60):
+        bytes_ = bytearray(good)
+        near = [drawn.integers(600), len(good) - 1 - drawn.integers(600), drawn.integers(len(good))]
+        for place in near[: drawn.integers(1, 4)]:
+            bytes_[place] = drawn.integers(256)
+        file = tmp_path / "damaged.onnx"
+        file.write_bytes(bytes_[: drawn.integers(1, len(good))] if drawn.random() < 0.2 else bytes_)
+        try:
+            checkpoint = Checkpoint.open(file)
+            for name in checkpoint.names():
+                checkpoint.source.read(name)
+        except wherry.Error as error:
+            said.append(str(error))
+    assert len(said) >= 10
+    assert all(str(file) in text or "tensor" in text for text in said)
+
+
+def test_a_weight_of_the_wrong_rank_is_named(tmp_path):
+    node = helper.make_node("Gemm", ["x", "w"], ["y"])
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 5]) for name in "xy"]
+    weight = numpy_helper.from_array(np.zeros(5, np.float32), "w")
+    model = helper.make_model(
+        helper.make_graph([node], "g", values[:1], values[1:], [weight]), opset_imports=[helper.make_opsetid("", 17)]
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(Corrupt, match="w has 1 axes, not what Gemm takes"):
+        load(tmp_path / "m.onnx")

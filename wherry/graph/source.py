@@ -48,7 +48,10 @@ def load(path: Path) -> Checkpoint:
     """
     file = path / MAIN if path.is_dir() else path
     proto = read(file)
-    graph = Graph(file, ir.from_proto(proto))
+    try:
+        graph = Graph(file, ir.from_proto(proto))
+    except ir.serde.SerdeError as error:
+        raise Corrupt(f"{file} is not a valid graph: {' '.join(str(error).split())[:200]}") from error
     task = file.parent / "task.json"
     if task.exists():
         found = Task.from_dict(read_object(task), file.parent)
@@ -91,7 +94,7 @@ def read(file: Path) -> onnx.ModelProto:
             raise Corrupt(f"{file}: {tensor.name} has {len(tensor.raw_data):,} bytes for shape {list(tensor.dims)}")
     try:
         onnx.checker.check_model(str(file))
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, UnicodeDecodeError) as error:  # its message may quote the file's bytes
         raise Corrupt(f"{file} is not a valid graph: {' '.join(str(error).split())[:200]}") from error
     return proto
 
@@ -196,6 +199,8 @@ class Graph:
                 layer = self._layer(node, i, value) if value is not None else None
                 if layer is None:
                     continue
+                if (axes := len(extents(layer.value))) != len(layer.order) or axes < 2:
+                    raise Corrupt(f"{self.path}: {layer.value.name} has {axes} axes, not what {node.op_type} takes")
                 self.layers.setdefault(str(layer.value.name).removesuffix(CODES), layer)
                 parts |= {str(v.name) for v in (layer.scales, layer.zeros) if v is not None}
         for name, value in self.model.graph.initializers.items():

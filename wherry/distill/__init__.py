@@ -1,0 +1,1 @@
+"""Losses, students and adapters: steps of a training recipe, one per file."""

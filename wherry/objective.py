@@ -1,0 +1,150 @@
+"""Step: one step of a training recipe. Objective: the steps together, as text, parsed like a compression recipe.
+
+    "kl:temperature=2 | ce:weight=0.1 | qat:scheme=W2A16_ASYM,group_size=64"
+
+A step is a frozen dataclass on the shelf `distill`: its fields are its knobs. By what it defines the engine knows it:
+
+    loss(student, teacher, batch) -> (sum, count)    a term of the loss; the engine divides the sum by the global count
+    count(batch) -> int                              the count of `loss`, before it is computed
+    penalty(w) -> scalar                             a term that is a sum over a trainable weight's elements
+    prepare(module, checkpoint) -> None              changes the student before training: adapters, fake quantizers
+    after(module, step) -> None                      after each update of the weights, without gradients
+    finish(module, checkpoint) -> None               folds back what `prepare` did, on one process, before the export
+    sample(module, batch, step) -> batch             a batch that the student wrote itself, in place of the data's
+
+`student` and `teacher` map names to tensors: `logits` [B, T, V] or [B, C], and `hidden_states` (tuple of [B, T, d]),
+`attentions` (tuple of [B, heads, T, T]) when `needs` asks for them. A cached teacher may give `top_values` and
+`top_indices` [B, T, k] in place of logits. `batch` has the model's inputs and `targets` [B, T] or [B]: what the logits
+at the same place ought to say, IGNORE where nothing.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_type_hints
+
+import torch
+
+from wherry import shelf
+from wherry.errors import BadInput, Unsupported
+from wherry.gait import coerce
+from wherry.shelf import suggest
+
+IGNORE = -100  # a target that does not count
+GAITS = ("loss", "penalty", "prepare", "after", "finish", "sample")
+NEEDS = ("teacher", "hidden", "attention")
+Tensors = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step. Subclasses are files on the shelf `distill`; their fields are knobs.
+
+    weight: factor of its term in the loss. needs: of "teacher", "hidden", "attention".
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    weight: float = 1.0
+
+    def count(self, batch: Tensors) -> int:
+        """How many things the sum of `loss` is over, known from the batch alone: by default its targets that count."""
+        return int((batch["targets"] != IGNORE).sum())
+
+    @property
+    def method(self) -> str:
+        """Its name on the shelf."""
+        return type(self).__name__.lower()
+
+    def __str__(self) -> str:
+        changed = [(item.name, getattr(self, item.name)) for item in dataclasses.fields(self)
+                   if getattr(self, item.name) != item.default]  # fmt: skip
+        knobs = ",".join(f"{k}={';'.join(v) if isinstance(v, tuple) else v}" for k, v in changed)
+        return f"{self.method}:{knobs}".rstrip(":")
+
+
+def build(method: str, knobs: Mapping[str, Any]) -> Step:
+    """A step from its name and its knobs as text.
+
+    Raises:
+        Unsupported: no such step; BadInput: no such knob, or a value of the wrong type.
+    """
+    kind = shelf.load("distill", method)
+    if not issubclass(kind, Step):
+        raise Unsupported(f"{method} is a step of compression recipes, not of training: wherry compress --recipe")
+    hints, known = get_type_hints(kind), [item.name for item in dataclasses.fields(kind)]
+    knobs = dict(knobs)
+    size = knobs.pop("group_size", None) if "group_size" not in known and "scheme" in known else None
+    values: dict[str, Any] = {}
+    for name, value in knobs.items():
+        if name not in known:
+            raise BadInput(f"{method} has no knob '{name}'{suggest(name, known)}; it has: {', '.join(known)}")
+        values[name] = coerce(method, name, value, hints[name])
+    if size is not None:
+        scheme = values.get("scheme", next(f.default for f in dataclasses.fields(kind) if f.name == "scheme"))
+        values["scheme"] = scheme.with_group(coerce(method, "group_size", size, int))
+    return kind(**values)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Steps in order."""
+
+    steps: tuple[Step, ...]
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.steps))
+
+    @classmethod
+    def parse(cls, text: str) -> "Objective":
+        """Read "STEP:knob=value,knob=value | STEP ...".
+
+        Raises BadInput or Unsupported, naming what is wrong and the nearest that is right.
+        """
+        steps = []
+        for part in text.split("|"):
+            method, _, rest = part.strip().partition(":")
+            if not method:
+                raise BadInput(f"recipe '{text}' has an empty step; write STEP:knob=value,knob=value")
+            knobs = {}
+            for item in filter(None, re.split(r",(?=[A-Za-z_]\w*=)", rest)):
+                key, equals, value = item.partition("=")
+                if not equals:
+                    raise BadInput(f"recipe '{text}': '{item}' is not knob=value")
+                knobs[key.strip()] = value.strip()
+            steps.append(build(method.strip(), knobs))
+        made = cls(tuple(steps))
+        if not made.losses:
+            raise BadInput(f"recipe '{text}' has no loss to learn from: add ce, or kl with a teacher")
+        return made
+
+    @property
+    def losses(self) -> tuple[Any, ...]:
+        """Steps with a term of the loss that comes from data."""
+        return tuple(step for step in self.steps if hasattr(step, "loss"))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What any step needs."""
+        return frozenset().union(*(step.needs for step in self.steps))
+
+    def having(self, gait: str) -> tuple[Any, ...]:
+        """Steps that define that gait, in order."""
+        return tuple(step for step in self.steps if hasattr(step, gait))
+
+    def counts(self, batch: Tensors) -> list[int]:
+        """One per loss."""
+        return [step.count(batch) for step in self.losses]
+
+    def terms(self, student: Tensors, teacher: Tensors | None, batch: Tensors) -> list[torch.Tensor]:
+        """Sums of the losses, unweighted, one per loss.
+
+        Raises BadInput when a step counts otherwise than it said, for the mean would be wrong.
+        """
+        out = []
+        for step in self.losses:
+            total, count = step.loss(student, teacher, batch)
+            if int(count) != step.count(batch):
+                raise BadInput(f"{step.method}: loss is over {int(count)} things, count says {step.count(batch)}")
+            out.append(total)
+        return out

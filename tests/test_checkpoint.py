@@ -4,11 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
+import wherry
 from tests.conftest import write_llama
 from wherry.checkpoint import Checkpoint, natural
 from wherry.errors import Corrupt, Missing
@@ -111,3 +113,36 @@ def test_no_such_model(tmp_path: Path) -> None:
     for name in (tmp_path / "nowhere", "./nowhere", "nowhere.gguf"):
         with pytest.raises(Missing):
             Checkpoint.open(name)
+
+
+@pytest.fixture(scope="module")
+def packed_llama(tiny_llama, tmp_path_factory):
+    """The tiny model in W4A16, with its GGUF file."""
+    out = tmp_path_factory.mktemp("packed") / "out"
+    wherry.compress(tiny_llama, out, "rtn:scheme=W4A16_ASYM,group_size=32", formats=["gguf"])
+    return out
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "embedding-scales.safetensors", "config.json", "wherry.json", "task.json", "gguf"]
+)
+def test_a_damaged_file_of_a_compressed_folder_is_refused_in_a_sentence(tmp_path, packed_llama, file):
+    root = shutil.copytree(packed_llama, tmp_path / "model")
+    victim = next((root / "gguf").glob("*.gguf")) if file == "gguf" else root / file
+    good, drawn = victim.read_bytes(), np.random.default_rng(len(file))
+    said = []
+    for _ in range(80):
+        damaged = bytearray(good)
+        for _ in range(drawn.integers(1, 6)):
+            damaged[drawn.integers(min(len(good), 4000))] = drawn.integers(256)
+        victim.write_bytes(damaged[: drawn.integers(len(good))] if drawn.random() < 0.2 else damaged)
+        try:
+            checkpoint = Checkpoint.open(victim if file == "gguf" else root)
+            for name in checkpoint.names():
+                checkpoint.tensor(name)
+        except wherry.Error as error:
+            said.append(str(error))
+    victim.write_bytes(good)
+    assert Checkpoint.open(root).names()
+    assert len(said) >= 20
+    assert all(text.strip() and len(text) < 2000 for text in said)

@@ -106,7 +106,7 @@ class Artifact:
             names = [manifest["main"], *manifest["files"]]
             manifest["format"], manifest["task"]["kind"]
         except (ValueError, KeyError, TypeError) as error:
-            raise Corrupt(f"{file} is not a manifest of wherry: {error!r}") from error
+            raise Corrupt(f"{file} is not a manifest of wherry: {type(error).__name__}: {error}") from error
         for name in names:
             if not (path / name).resolve().is_relative_to(path.resolve()):
                 raise Corrupt(f"{file} names a file outside of the artifact: {name}")

@@ -94,11 +94,11 @@ class Safetensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape as stored."""
-        return self.where[name].entries[name].shape
+        return self.file(name).entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype as stored."""
-        return self.where[name].entries[name].dtype
+        return self.file(name).entry(name).dtype
 
     def scheme(self, name: str) -> Scheme | None:
         """Plain tensors have none."""
@@ -106,7 +106,13 @@ class Safetensors:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor."""
-        return self.where[name].read(name)
+        return self.file(name).read(name)
+
+    def file(self, name: str) -> TensorFile:
+        """The file that holds a tensor. Raises Corrupt when none does."""
+        if name not in self.where:
+            raise Corrupt(f"{self.files[0].path.parent} has no tensor {name}; a file is missing, or of another model")
+        return self.where[name]
 
     def fingerprint(self) -> str:
         """Headers, sizes and times of change of all files."""

@@ -390,5 +390,6 @@ def coco(path: Path, raw: bytes, digest: str) -> Data:
             for e in found["images"]
         ]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(f"{path} is not a COCO file of images, annotations and categories: {error!r}") from error
+        kind = type(error).__name__
+        raise BadInput(f"{path} is not a COCO file of images, annotations and categories: {kind}: {error}") from error
     return _of_rows(path, digest, rows, [f"{path.name}: {row['file']}" for row in rows])

@@ -69,7 +69,8 @@ class TensorFile:
                 for name, item in header.items()
             }
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise Corrupt(f"{path} has a junk safetensors header ({error!r}); download or save it again") from error
+            why = f"{type(error).__name__}: {error}"
+            raise Corrupt(f"{path} has a junk safetensors header ({why}); download or save it again") from error
         end = start
         for name, entry in sorted(self.entries.items(), key=lambda pair: pair[1].begin):
             expected = math.prod(entry.shape) * entry.dtype.itemsize
@@ -79,9 +80,15 @@ class TensorFile:
         if end != size:
             raise Corrupt(f"{path} is truncated or padded: {size:,} bytes, its header says {end:,}; get it again")
 
+    def entry(self, name: str) -> Entry:
+        """Where a tensor lies. Raises Corrupt when the file has none of that name."""
+        if name not in self.entries:
+            raise Corrupt(f"{self.path} has no tensor {name}; it is damaged, or of another model")
+        return self.entries[name]
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor, read into memory of its own."""
-        entry = self.entries[name]
+        entry = self.entry(name)
         tensor = torch.empty(entry.shape, dtype=entry.dtype)  # aligned, so that kernels sum in the same order each time
         if not tensor.numel():
             return tensor
@@ -94,7 +101,7 @@ class TensorFile:
 
     def chunks(self, name: str, size: int = 16 << 20) -> Iterator[bytes]:
         """The raw bytes of one tensor in pieces."""
-        entry = self.entries[name]
+        entry = self.entry(name)
         with open(self.path, "rb") as file:
             file.seek(entry.begin)
             left = entry.end - entry.begin

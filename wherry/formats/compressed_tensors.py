@@ -191,9 +191,16 @@ class Packed:
 
 
 def restore(name: str, scheme: Scheme, have: Container[str], read: Callable[[str], torch.Tensor]) -> QTensor:
-    """The codes of one weight from the parts that `encode` wrote; `read` gives a part by its name."""
+    """The codes of one weight from the parts that `encode` wrote; `read` gives a part by its name.
+
+    Raises Corrupt when a part is missing or is not of the scheme's shape.
+    """
     layer = name.removesuffix(".weight")
-    return layout.whole({part: read(f"{layer}.{part}") for part in PARTS if f"{layer}.{part}" in have}, scheme)
+    parts = {part: read(f"{layer}.{part}") for part in PARTS if f"{layer}.{part}" in have}
+    try:
+        return layout.whole(parts, scheme)
+    except (KeyError, ValueError, RuntimeError, IndexError) as error:
+        raise Corrupt(f"{name}: its parts {', '.join(parts)} do not make a weight in {scheme} ({error})") from error
 
 
 def restore_table(name: str, scheme: Scheme, read: Callable[[str], torch.Tensor]) -> QTensor:
@@ -204,7 +211,10 @@ def restore_table(name: str, scheme: Scheme, read: Callable[[str], torch.Tensor]
 def meant(target: str, layer: str, kind: str) -> bool:
     """Whether a target of a config group (class name, layer name, or `re:` pattern) means this layer."""
     if target.startswith("re:"):
-        return re.match(target[3:], layer) is not None
+        try:
+            return re.match(target[3:], layer) is not None
+        except re.error as error:
+            raise Corrupt(f"quantization_config has '{target}', which is no regular expression: {error}") from error
     return target in (layer, kind)
 
 
@@ -221,6 +231,8 @@ def load(path: Path) -> Checkpoint:
     )
     if (path / MANIFEST).exists():
         manifest = Artifact.open(path).manifest
+        if lost := {"plan", "recipe", "model", "source", "license"} - manifest.keys():
+            raise Corrupt(f"{path / MANIFEST} says nothing of {', '.join(sorted(lost))}; get it again")
         checkpoint.plan, checkpoint.recipe = manifest["plan"], manifest["recipe"]
         checkpoint.name, checkpoint.origin = manifest["model"], manifest["source"]
         checkpoint.license = manifest["license"] or checkpoint.license

@@ -299,7 +299,7 @@ def head_size(config: Path) -> int:
     try:
         return int(json.loads(config.read_text(encoding="utf8"))["model"]["decoder"]["head_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Corrupt(f"{config} does not give the head size: {error!r}") from error
+        raise Corrupt(f"{config} does not give the head size: {type(error).__name__}: {error}") from error
 
 
 def genai() -> str:

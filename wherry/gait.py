@@ -7,6 +7,7 @@
 `rewrite(checkpoint) -> checkpoint`: before the plan; the same model with other weights.
 `choices(scheme)` and `assign(cost, size, weights)`: before the walk; which scheme each weight gets.
 `recipe() -> text`: a name for other steps.
+`observe` and `correct(w, q, stat, notes) -> q`: after a solver; a float correction of `rank` beside the codes.
 `fit(call, latents, targets, notes)`: after a solver; the codes of one block learned together.
 `tune(loss, latents, free, batches, notes)`: after the last block; the whole model against the original's outputs.
 """
@@ -14,7 +15,7 @@
 import dataclasses
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin
 
 import torch
@@ -25,7 +26,7 @@ from wherry.scheme import PRESETS, QTensor, Scheme
 from wherry.shelf import suggest
 
 EMBEDDING = "W8A16,group_size=32"
-SEEING = ("observe", "smooth", "fit", "tune", "assign")
+SEEING = ("observe", "smooth", "correct", "fit", "tune", "assign")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,21 @@ class Pass:
             if (item.name == "scheme" and self.solves) or value != item.default:
                 knobs.append(f"{item.name}={';'.join(value) if isinstance(value, tuple) else value}")
         return f"{self.method}:{','.join(knobs)}".rstrip(":")
+
+
+def corrected(steps: tuple[Pass, ...], name: str, scheme: Scheme, shape: tuple[int, ...]) -> Scheme:
+    """The scheme of a linear weight with the rank of the step that corrects it, if there is one."""
+    found = [step for step in steps if hasattr(step, "correct") and step.wants(name)]
+    if not found:
+        return scheme
+    rank, most = int(found[0].rank), min(shape)  # type: ignore[attr-defined]
+    if len(found) > 1:
+        raise BadInput(f"{name} is corrected by two steps; give each weight to one, by targets= and ignore=")
+    if rank >= most:
+        raise BadInput(f"{name}: rank={rank} is no low rank of a weight {list(shape)}; use rank={max(most // 8, 1)}")
+    if scheme.activations is not None:
+        raise BadInput(f"{found[0].method} wants inputs that stay float, and {scheme} rounds them; use {scheme.near}")
+    return replace(scheme, rank=rank)
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -24,7 +24,7 @@ from wherry import shelf
 from wherry.checkpoint import Checkpoint, stack
 from wherry.errors import BadInput, Unsupported
 from wherry.gait import Pass as Pass
-from wherry.gait import coerce
+from wherry.gait import coerce, corrected
 from wherry.gait import matches as matches
 from wherry.scheme import PRESETS, Scheme, Tensor
 from wherry.shelf import suggest
@@ -39,16 +39,17 @@ def build(method: str, knobs: dict[str, Any]) -> Pass:
     kind = shelf.load("quant", method)
     hints, known = get_type_hints(kind), [item.name for item in dataclasses.fields(kind)]
     knobs = dict(knobs)
-    size = knobs.pop("group_size", None)
+    options = [(key, knobs.pop(key)) for key in ("group_size", "scale") if key in knobs]
     values: dict[str, Any] = {}
     for name, value in knobs.items():
         if name not in known:
             near, every = suggest(str(name), [*known, "group_size"]), ", ".join(known)
-            raise BadInput(f"{method} has no knob '{name}'{near}; it has: group_size, {every}")
+            raise BadInput(f"{method} has no knob '{name}'{near}; it has: group_size, scale, {every}")
         values[name] = coerce(method, name, value, hints[name])
-    if size is not None:
+    for key, value in options:
         scheme = values.get("scheme", next(f.default for f in dataclasses.fields(kind) if f.name == "scheme"))
-        values["scheme"] = scheme.with_group(coerce(method, "group_size", size, int))
+        sized = key == "group_size"
+        values["scheme"] = scheme.with_group(coerce(method, key, value, int)) if sized else scheme.with_scale(value)
     made: Pass = kind(**values)
     if made.embedding != "keep":
         Scheme.parse(made.embedding)
@@ -119,11 +120,10 @@ class Recipe:
             for item in dataclasses.fields(step):
                 value = getattr(step, item.name)
                 knobs[item.name] = list(value) if isinstance(value, tuple) else value
-            scheme, _, size = str(knobs.pop("scheme")).partition(",group_size=")
+            scheme, *options = str(knobs.pop("scheme")).split(",")
             if step.solves:
-                knobs = {"scheme": scheme} | knobs
-            if size and step.solves:
-                knobs["group_size"] = int(size)
+                parts = [option.split("=") for option in options]
+                knobs = {"scheme": scheme} | knobs | {k: int(v) if k == "group_size" else v for k, v in parts}
             steps.append({step.method: knobs})
         return yaml.safe_dump({"recipe": steps}, sort_keys=False)
 
@@ -160,7 +160,7 @@ class Recipe:
     def _fits_graphs(self) -> None:
         """Raise Unsupported for a step that walks a transformer's blocks: an ONNX graph has none."""
         for step in self.steps:
-            gait = next((name for name in ("smooth", "fit", "tune", "assign") if hasattr(step, name)), "")
+            gait = next((name for name in ("smooth", "correct", "fit", "tune", "assign") if hasattr(step, name)), "")
             told = len(inspect.signature(step.observe).parameters) if hasattr(step, "observe") else 0
             if gait or told > 2:
                 raise Unsupported(
@@ -191,6 +191,8 @@ class Recipe:
             scheme = step.scheme if role in MULTIPLIED else Scheme.parse(step.embedding)
             if checkpoint.graph is not None:
                 scheme, note = in_graph(scheme, role, step)
+            elif role == "linear" and why != OUTSIDE:
+                scheme = corrected(self.steps, name, scheme, shape)
             try:
                 scheme.scales_per_row(shape[-1])
             except BadInput as error:
@@ -211,7 +213,9 @@ class Recipe:
             else:
                 notes = tuple(
                     f"{word} by step {j + 1} ({other.method})"
-                    for word, gait in (("smoothed", "smooth"), ("codes learned", "fit"), ("tuned", "tune"))
+                    for word, gait in (
+                        ("smoothed", "smooth"), ("corrected", "correct"), ("codes learned", "fit"), ("tuned", "tune"),
+                    )  # fmt: skip
                     for j, other in enumerate(self.steps)
                     if hasattr(other, gait) and other.wants(name) and (i != j or gait == "smooth")
                 )

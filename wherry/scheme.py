@@ -8,6 +8,8 @@ scales and minimums are 6-bit integers over an fp16 scale; NVFP4 has fp8 scales 
 The spelling is the ecosystem's: W4A16 (symmetric), W4A16_ASYM, W8A16, W3A16, W8A8, NVFP4A16, Q4_K, NF4, with group_size
 beside it. Where codes are no integers, w = scale * level[code] (levels.py). A k-quant has a float minimum in place of
 an integer zero: w = scale * (code + 2^(bits-1)) - minimum.
+Options follow the name: group_size=64, scale=e8m0 (how scales are stored: fp16, bf16, fp32, fp8, e8m0), and rank=16 for
+two float matrices beside the codes, w = scale * (code - zero) + left right (quant/lowrank.py).
 Source of the vocabulary: compressed-tensors' QuantizationArgs and preset schemes.
 """
 
@@ -70,6 +72,7 @@ class Scheme:
         zero of the same bits.
     activations: scheme of the layer's input, or None when it stays float (A16).
     planes: number of residual code planes that are summed (residual binary); 1 for all plain schemes.
+    rank: of the float correction beside the codes; 0 = none.
     """
 
     bits: int = 4
@@ -82,6 +85,7 @@ class Scheme:
     activations: "Scheme | None" = None
     planes: int = 1
     table: str = ""
+    rank: int = 0
 
     @property
     def qmin(self) -> int:
@@ -118,6 +122,14 @@ class Scheme:
             raise BadInput(f"{self} has groups of {self.group_size} by its definition; leave group_size out")
         return replace(self, grain=Row() if size == -1 else Group(size))
 
+    def with_scale(self, kind: str) -> "Scheme":
+        """The same scheme with scales stored as fp16, bf16, fp32, fp8 (e4m3 over a power of two), or e8m0."""
+        if kind not in SCALES:
+            raise BadInput(f"scale={kind} is not known{suggest(kind, SCALES)}; there are: {', '.join(SCALES)}")
+        if self.nested or self.kind == "fp":
+            raise BadInput(f"{self} has its scales by definition; NVFP4A16 has fp8, MXFP4A16 e8m0: leave scale= out")
+        return replace(self, scale=SCALES[kind])
+
     def scales_per_row(self, k: int) -> int:
         """Number of scales that a row of k inputs has. Raises BadInput when the group does not divide k."""
         if self.nested and k % 256:
@@ -138,12 +150,13 @@ class Scheme:
         scales = rows * self.scales_per_row(k)
         if isinstance(self.scale, Scheme):
             small = self.scale.bits * (1 if self.symmetric else 2)
-            return (rows * k * self.bits + scales * small) // 8 + rows * k // 256 * (2 if self.symmetric else 4)
-        if self.scale in ("float8_e4m3fn", "e8m0"):
-            scale_bytes = 1
+            over = rows * k // 256 * (2 if self.symmetric else 4)
+            return (rows * k * self.bits + scales * small) // 8 + over + 2 * self.rank * (rows + k)
+        scale_bytes = {"float8_e4m3fn": 1, "e8m0": 1, "bfloat16": 2, "float32": 4}.get(str(self.scale), scale_bytes)
         scales *= self.planes
         zeros = 0 if self.symmetric else (scales * self.bits + 7) // 8
-        return (rows * k * self.bits * self.planes + 7) // 8 + scales * scale_bytes + zeros
+        thin = 2 * self.rank * (rows + k)
+        return (rows * k * self.bits * self.planes + 7) // 8 + scales * scale_bytes + zeros + thin
 
     def explain(self) -> str:
         """The scheme in a sentence, for lists."""
@@ -156,11 +169,27 @@ class Scheme:
         return f"{text}; {self.activations.bits}-bit activations, {how}"
 
     @property
+    def near(self) -> str:
+        """The nearest that every folder can say, mostly plain integers, as a recipe spells it."""
+        plain = {"Q4_K": "W4A16_ASYM", "Q5_K": "W5A16_ASYM", "FP4A16": "NVFP4A16", "FP8_E5M2A16": "FP8A16"}
+        name = plain.get(str(self).split(",")[0], f"W{max(self.bits * self.planes, 2)}A16")
+        if name.startswith(("NV", "FP")):
+            return name
+        name += "_ASYM" if not self.symmetric and not self.nested else ""
+        size = -1 if isinstance(self.grain, Row) else self.group_size
+        return name if size == 128 else f"{name},group_size={size}"
+
+    @property
     def fixed(self) -> bool:
         """Whether its group size belongs to its definition (NVFP4, MXFP4, k-quants)."""
-        return self.nested or self.scale in ("float8_e4m3fn", "e8m0")
+        return self.nested or (self.kind == "fp" and self.scale in ("float8_e4m3fn", "e8m0"))
 
     def __str__(self) -> str:
+        if self.rank:
+            return f"{replace(self, rank=0)},rank={self.rank}"
+        short = next((name for name, kind in SCALES.items() if kind == self.scale), "fp16")
+        if short != "fp16" and self.kind != "fp":
+            return f"{replace(self, scale='float16')},scale={short}"
         size = -1 if isinstance(self.grain, Row) else self.group_size
         for name, preset in PRESETS.items():
             if preset == self:
@@ -176,15 +205,18 @@ class Scheme:
         Raises:
             BadInput: not a known spelling; the message has the nearest.
         """
-        name, _, rest = text.strip().partition(",")
+        name, *options = text.strip().split(",")
         if name not in PRESETS:
             raise BadInput(f"unknown scheme '{name}'{suggest(name.upper(), PRESETS)}; there are: {', '.join(PRESETS)}")
         scheme = PRESETS[name]
-        if rest:
-            match = re.fullmatch(r"\s*group_size=(-?\d+)\s*", rest)
-            if not match:
-                raise BadInput(f"scheme '{text}': after the name only group_size=N may follow")
-            scheme = scheme.with_group(int(match[1]))
+        for option in options:
+            key, _, value = option.strip().partition("=")
+            if key in ("group_size", "rank") and re.fullmatch(r"-?\d+", value):
+                scheme = scheme.with_group(int(value)) if key == "group_size" else replace(scheme, rank=int(value))
+            elif key == "scale":
+                scheme = scheme.with_scale(value)
+            else:
+                raise BadInput(f"scheme '{text}': after the name only group_size=N, scale=KIND and rank=R may follow")
         return scheme
 
     def to_compressed_tensors(self) -> dict[str, Any]:
@@ -193,9 +225,10 @@ class Scheme:
         Raises:
             Unsupported: QuantizationArgs has no words for it (schemes as scales, several planes, codebooks).
         """
-        unsaid = self.planes != 1 or self.nested or self.kind == "codebook" or self.table == "e5m2"
-        if unsaid or (self.table == "e2m1" and not self.fixed):
-            near = {"Q4_K": "W4A16_ASYM", "FP4A16": "NVFP4A16"}.get(str(self).split(",")[0], f"W{max(self.bits, 2)}A16")
+        unsaid = self.planes != 1 or self.nested or self.kind == "codebook" or self.table == "e5m2" or self.rank
+        small = self.kind == "int" and self.scale in ("float8_e4m3fn", "e8m0")
+        if unsaid or small or (self.table == "e2m1" and not self.fixed):
+            near = self.near
             raise Unsupported(f"compressed-tensors cannot say the scheme {self}; the nearest that it can is {near}")
         weights: dict[str, Any] = {
             "num_bits": self.bits, "type": "float" if self.kind == "fp" else "int", "symmetric": self.symmetric,
@@ -205,6 +238,8 @@ class Scheme:
             weights |= {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
         if self.scale == "e8m0":
             weights |= {"scale_dtype": "torch.uint8"}
+        if self.kind == "int" and self.scale in ("bfloat16", "float32"):
+            weights |= {"scale_dtype": f"torch.{self.scale}"}
         if isinstance(self.grain, Block):
             weights["block_structure"] = [self.grain.rows, self.grain.columns]
         group: dict[str, Any] = {"weights": weights, "input_activations": None}
@@ -238,15 +273,18 @@ class Scheme:
                 raise Unsupported(f"float weights {args} are not read; FP8A16, NVFP4A16 and MXFP4A16 are")
             scale = ("float8_e4m3fn" if strategy == "tensor_group" else "e8m0") if small else "float16"
             return cls(args["num_bits"], "fp", grain, scale=scale, table=tables[args["num_bits"]])
+        said = str(args.get("scale_dtype") or "").removeprefix("torch.")
         return cls(
             bits=args["num_bits"],
             grain=grain,
+            scale=said if said in ("bfloat16", "float32") else "float16",
             symmetric=args.get("symmetric", True),
             dynamic=args.get("dynamic", False) is True,
             activations=None if activations is None else cls.from_compressed_tensors({"weights": activations}),
         )
 
 
+SCALES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp8": "float8_e4m3fn", "e8m0": "e8m0"}
 _STRATEGY = {Tensor: "tensor", Row: "channel", Token: "token", Group: "group", Block: "block"}
 _TOKEN8 = Scheme(8, grain=Token(), dynamic=True)
 _TENSOR8 = Scheme(8, grain=Tensor(), symmetric=False)
@@ -309,6 +347,8 @@ class QTensor:
         k-quant the float32 minimum in its place.
     activation_scale, activation_zero: of the layer's input, [1] each, for static activation schemes:
         x = scale * (code - zero), code in [-128, 127].
+    left, right: float matrices [n, rank] and [rank, k] whose product is added to what the codes mean; fixed point of
+        11 bits per column and row, so that their product is exact in float64 in any order (quant/lowrank.py).
     """
 
     scheme: Scheme
@@ -317,6 +357,8 @@ class QTensor:
     zero: "torch.Tensor | None" = None
     activation_scale: "torch.Tensor | None" = None
     activation_zero: "torch.Tensor | None" = None
+    left: "torch.Tensor | None" = None
+    right: "torch.Tensor | None" = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -324,9 +366,12 @@ class QTensor:
         return tuple(self.code.shape)
 
     def decode(self) -> "torch.Tensor":
-        """The weight in float32: scale * (code - zero)."""
+        """The weight in float32: scale * (code - zero), and the correction where there is one."""
         groups = self.scale.shape[-1] // self.scheme.planes
-        return values(self.code.unflatten(-1, (groups, -1)), self.scheme, self.scale, self.zero).flatten(-2)
+        plain = values(self.code.unflatten(-1, (groups, -1)), self.scheme, self.scale, self.zero).flatten(-2)
+        if self.left is None or self.right is None:
+            return plain
+        return (plain.double() + self.left.double() @ self.right.double()).float()
 
 
 def values(code: "torch.Tensor", scheme: Scheme, scale: "torch.Tensor", zero: "torch.Tensor | None") -> "torch.Tensor":

@@ -8,12 +8,12 @@ from compressed_tensors.quantization import QuantizationScheme
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from wherry.errors import Unsupported
+from wherry.errors import BadInput, Unsupported
 from wherry.formats.gguf.blocks import pack as block_pack
 from wherry.levels import levels
 from wherry.ops import grid, kquant, layout
 from wherry.recipe import build
-from wherry.scheme import PRESETS, QTensor
+from wherry.scheme import PRESETS, QTensor, Scheme
 
 K = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 OTHER = ["W1A16", "W2A16_BINARY", "W3A16_BINARY", "W1.58A16", "FP8A16", "FP8_E5M2A16", "FP4A16", "NF4", "NVFP4A16"]
@@ -88,6 +88,39 @@ def test_one_plane_is_xnor_net() -> None:
     torch.testing.assert_close(rtn("W1A16", w).decode(), want, rtol=2**-7, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["fp16", "bf16", "fp32", "fp8", "e8m0"])
+@pytest.mark.parametrize("name", ["W4A16_ASYM", "W8A16", "NF4", "W2A16_BINARY"])
+def test_scales_are_of_the_kind_that_was_asked_for(name: str, kind: str) -> None:
+    """Each is a number of its type by torch's own dtypes, lies on disk in its bytes, and every solver keeps it so."""
+    scheme = Scheme.parse(f"{name},group_size=32,scale={kind}")
+    assert Scheme.parse(str(scheme)) == scheme
+    w = weight(16, 128)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 32, generator=g) @ torch.randn(32, 128, generator=g)
+    for method in ("rtn", "gptq"):
+        step = build(method, {"scheme": name, "group_size": 32, "scale": kind})
+        assert step.scheme == scheme
+        q = step.solve(w, step.observe(None, x)) if method == "gptq" else step.solve(w)
+        if kind == "e8m0":
+            assert (torch.frexp(q.scale)[0] == 0.5).all()
+        elif kind == "fp8":
+            over = torch.exp2(torch.ceil(torch.log2(q.scale.amax() / 448)))
+            assert torch.equal((q.scale / over).to(torch.float8_e4m3fn).float() * over, q.scale)
+        else:
+            dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[kind]
+            assert torch.equal(q.scale.to(dtype).float(), q.scale)
+        parts = layout.parts(q)
+        assert torch.equal(layout.whole(parts, scheme).decode(), q.decode())
+        size = {"fp16": 4 if scheme.bits == 8 else 2, "bf16": 2, "fp32": 4}.get(kind, 1)
+        assert parts["weight_scale"].element_size() == size
+        if scheme.kind == "int":
+            block_pack("w", q)  # fp16 holds them all
+    with pytest.raises(BadInput, match="by definition"):
+        Scheme.parse("NVFP4A16,scale=bf16")
+    with pytest.raises(BadInput, match="did you mean 'bf16'"):
+        Scheme.parse("W4A16,scale=bf1")
+
+
 @pytest.mark.parametrize("name", K)
 def test_k_quants_decode_as_the_gguf_package_does(name: str) -> None:
     for seed, size in ((0, 1.0), (1, 1e-3), (2, 30.0)):
@@ -138,7 +171,5 @@ def test_mxfp4_decodes_as_the_gguf_package_does() -> None:
 
 @pytest.mark.parametrize(("name", "k"), [("Q4_K", 64), ("NVFP4A16", 24)])
 def test_rows_that_do_not_fit_name_what_does(name: str, k: int) -> None:
-    from wherry.errors import BadInput
-
     with pytest.raises(BadInput, match="fits|group_size="):
         rtn(name, torch.randn(4, k))

@@ -19,7 +19,7 @@ from wherry.checkpoint import put
 from wherry.engine import assign, stream, tune
 from wherry.engine.smooth import smooth
 from wherry.engine.unit import Unit, fact, original, round_to_nearest, sound, store, units
-from wherry.engine.watch import Watch, refers, watching, waves
+from wherry.engine.watch import Watch, refers, watching, waves, waves_of
 from wherry.errors import Diverged
 from wherry.journal import Journal
 from wherry.ops.latent import Latent
@@ -179,9 +179,7 @@ def settle(
     if flow.reference is not None:
         assert twin is not None
         flow.reference = [checked(out, unit) for out in flow.through(twin, flow.reference)]
-        for name, q in fit(plan, rows, block, inner, weights, results, flow, notes).items():
-            results[name] = q
-            put(module, places[name], q.decode())
+    improve(plan, rows, block, inner, weights, results, flow, notes)
     flow.states = [checked(out, unit) for out in flow.through(block)]
     tensors, facts = {}, []
     for row in unit.rows:
@@ -190,7 +188,7 @@ def settle(
             result = result.to(checkpoint.source.dtype(row.name))
         tensors.update(store(row, result))
         found = fact(row, w.decode() if isinstance(w, QTensor) else w, result, notes[row.name])
-        after = plan.steps("fit", row.name) or plan.steps("tune", row.name)
+        after = any(plan.steps(gait, row.name) for gait in ("fit", "tune", "correct"))
         learned = row.scheme and (refers(watched[row.name]) or after)
         facts.append(found | ({"moved": moved[row.name]} if row.name in moved else {}))
         facts[-1] |= {"learned": True} if learned else {}
@@ -204,30 +202,44 @@ def settle(
     return done
 
 
-def fit(
+def improve(
     plan: Plan, rows: dict[str, PlanRow], block: torch.nn.Module, inner: dict[str, str],
     weights: dict[str, Any], results: dict[str, Any], flow: Flow, notes: dict[str, list[str]],
-) -> dict[str, QTensor]:  # fmt: skip
-    """Let every `fit` pass improve the codes of the block's weights that it wants, all together."""
-    out: dict[str, QTensor] = {}
+) -> None:  # fmt: skip
+    """Every `fit` and `correct` pass on the codes of the block's weights that it wants, in the recipe's order."""
     for step in plan.recipe.steps:
-        names = [n for n, row in rows.items() if row.scheme and hasattr(step, "fit") and step.wants(n)]
-        if not names:
-            continue
-        latents = {
-            inner[n]: Latent(out.get(n, results[n]), weights[n], plan.rounding(rows[n]))
-            for n in names
-        }
+        names = [n for n, row in rows.items() if row.scheme and row.role == "linear" and step.wants(n)]
+        if names and hasattr(step, "fit"):
+            fit(step, plan, {n: rows[n] for n in names}, block, inner, weights, results, flow, notes)
+        elif names and hasattr(step, "correct"):
+            layers = {n: block.get_submodule(inner[n].removesuffix(".weight")) for n in names}
+            for wave in waves_of(block, layers, flow):  # one input after the other: the next sees what is corrected
+                with watching({n: layers[n] for n in wave}, dict.fromkeys(wave, step), rows) as watch:
+                    for i in range(len(flow.states)):
+                        flow.call(block, i)
+                        watch.batch_ends()
+                for n in wave:
+                    results[n] = step.correct(weights[n], results[n], watch.stats.get(n), notes[n])
+                    put(block, inner[n], results[n].decode())
 
-        def call(parameters: dict[str, torch.Tensor], i: int) -> torch.Tensor:
-            return flow.call(block, i, parameters)
 
-        with torch.enable_grad():
-            step.fit(call, latents, flow.reference, notes[names[0]])  # type: ignore[attr-defined]
-        for name in names:
-            out[name] = replace(latents[inner[name]].settle(), activation_scale=results[name].activation_scale)
-            out[name] = replace(out[name], activation_zero=results[name].activation_zero)
-    return out
+def fit(
+    step: Any, plan: Plan, rows: dict[str, PlanRow], block: torch.nn.Module, inner: dict[str, str],
+    weights: dict[str, Any], results: dict[str, Any], flow: Flow, notes: dict[str, list[str]],
+) -> None:  # fmt: skip
+    """Let one `fit` pass improve the codes of these rows, all together."""
+    latents = {inner[n]: Latent(results[n], weights[n], plan.rounding(row)) for n, row in rows.items()}
+
+    def call(parameters: dict[str, torch.Tensor], i: int) -> torch.Tensor:
+        return flow.call(block, i, parameters)
+
+    with torch.enable_grad():
+        step.fit(call, latents, flow.reference, notes[next(iter(rows))])
+    for name in rows:
+        settled = latents[inner[name]].settle()
+        own = results[name]
+        results[name] = replace(settled, activation_scale=own.activation_scale, activation_zero=own.activation_zero)
+        put(block, inner[name], results[name].decode())
 
 
 def checked(x: torch.Tensor, unit: Unit) -> torch.Tensor:

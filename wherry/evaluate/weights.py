@@ -62,7 +62,7 @@ class Comparison:
 
 def size(scheme: Scheme, shape: tuple[int, ...]) -> int | None:
     """Weights that share one scale, or None for a grain or a kind that is not checked here."""
-    if scheme.kind != "int" or scheme.planes != 1 or not shape:
+    if scheme.kind != "int" or scheme.planes != 1 or scheme.rank or not shape:
         return None
     if isinstance(scheme.grain, Group):
         return scheme.grain.size if shape[-1] % scheme.grain.size == 0 else None

@@ -36,7 +36,7 @@ from wherry.tensorfile import TensorFile
 TABLES, TABLE_SCALE = "embedding-scales.safetensors", ".embedding_scale"
 PARTS = (
     "weight", "weight_packed", "weight_blocks", "weight_scale", "weight_global_scale", "weight_zero_point",
-    "weight_shape", "input_scale", "input_zero_point",
+    "weight_shape", "input_scale", "input_zero_point", "weight_left", "weight_right",
 )  # fmt: skip
 
 
@@ -282,7 +282,10 @@ def decode(artifact: Artifact) -> Iterator[tuple[str, Any]]:
 
 
 def command(artifact: Artifact) -> list[str]:
-    """Copy-paste lines that load the result."""
+    """Copy-paste lines that load the result; what lies in wherry's own layout, wherry alone loads."""
+    said = {row.get("scheme") for row in artifact.manifest["plan"] if row.get("role") == "linear"}
+    if any(layout.form(Scheme.parse(spelling)) == "wherry" for spelling in said if spelling):
+        return [f"wherry serve {artifact.path}"]
     kind = "AutoModelForCausalLM" if artifact.task.kind == "text-generation" else "AutoModel"
     path = artifact.path
     lines = [f"python -c \"from transformers import {kind} as M; m = M.from_pretrained('{path}', dtype='float32')\""]

@@ -12,6 +12,7 @@ from wherry.graph.blocks import Blocks, pack
 MICROSOFT = "com.microsoft"
 INLINE_BYTES = 1024  # smaller tensors stay in the model file: shape inference reads them
 CODES, SCALES, ZEROS, TRANSPOSED = ".codes", ".scales", ".zeros", ".transposed"
+LEFT, RIGHT = ".left", ".right"  # of a low-rank correction: float32 [rank, n] and [k, rank], as MatMul reads them
 
 
 def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
@@ -77,6 +78,15 @@ def linear(before: ir.Node, x: ir.Value, name: str, weight: Blocks, level: int) 
         inputs.append(constant(graph, name + ZEROS, pack(weight.zeros, weight.bits)))
     facts = {"K": weight.k, "N": weight.n, "bits": weight.bits, "block_size": weight.size, "accuracy_level": level}
     return call(before, f"{MICROSOFT}::MatMulNBits", inputs, f"{name}/MatMulNBits", **facts)
+
+
+def corrected(before: ir.Node, x: ir.Value, y: ir.Value, name: str, left: np.ndarray, right: np.ndarray) -> ir.Value:
+    """Y + (x right^T) left^T: a low-rank correction, left [n, rank], right [rank, k], as two plain MatMuls."""
+    graph = before.graph
+    assert isinstance(graph, ir.Graph)
+    thin = call(before, "MatMul", [x, constant(graph, name + RIGHT, right.T)], f"{name}/right/MatMul")
+    more = call(before, "MatMul", [thin, constant(graph, name + LEFT, left.T)], f"{name}/left/MatMul")
+    return call(before, "Add", [y, more], f"{name}/corrected")
 
 
 def lookup(before: ir.Node, ids: ir.Value, name: str, weight: Blocks) -> ir.Value:

@@ -15,7 +15,7 @@ from onnx.external_data_helper import load_external_data_for_tensor
 
 from wherry.errors import Corrupt
 
-CODES, TRANSPOSED = ".codes", ".transposed"
+CODES, TRANSPOSED, LEFT, RIGHT = ".codes", ".transposed", ".left", ".right"
 ROWS = 1 << 16  # blocks that are decoded at once
 
 
@@ -52,7 +52,11 @@ def decode(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             if name.endswith(CODES):
                 facts = {a.name: helper.get_attribute_value(a) for a in node.attribute}
                 value = weight(node, facts, lambda name: read(str(sources.get(name, name))), path)
-                yield name.removesuffix(CODES), value
+                stem = name.removesuffix(CODES)
+                if stem + LEFT in tensors:  # [rank, n] and [k, rank]
+                    left, right = (read(stem + side).astype(np.float64) for side in (LEFT, RIGHT))
+                    value = (value + (right @ left).T).astype(np.float32)
+                yield stem, value
             elif name.endswith((".weight", ".bias")):
                 yield name, read(name).astype(np.float32)
             elif name.endswith(TRANSPOSED):

@@ -49,6 +49,11 @@ def power(scale: torch.Tensor) -> torch.Tensor:
     return torch.exp2(torch.round(torch.log2(scale)).clamp(-127, 127))
 
 
+def power_half(scale: torch.Tensor) -> torch.Tensor:
+    """The nearest power of two that fp16 holds 16 times: e8m0 scales of integers, exact in every format."""
+    return torch.exp2(torch.round(torch.log2(scale)).clamp(-24, 11))
+
+
 def over_one(scale: torch.Tensor) -> torch.Tensor:
     """Scales as e4m3 over one power of two for the whole tensor: NVFP4, whose global scale can be found again."""
     most = scale.amax()
@@ -61,7 +66,11 @@ def stored(scheme: Scheme, rounding: Rounding | None) -> Rounding | None:
     """How the scales of a scheme are rounded: as its definition says, else by `rounding`."""
     if scheme.nested:
         return lambda scale: nested_scales(scale, scheme)
-    return {"e8m0": power, "float8_e4m3fn": over_one}.get(str(scheme.scale), rounding)
+    if scheme.scale in ("bfloat16", "float32"):
+        kind = getattr(torch, str(scheme.scale))
+        return rounding or (lambda scale: scale.to(kind).float())
+    own = {"e8m0": power if scheme.kind == "fp" else power_half, "float8_e4m3fn": over_one}
+    return own.get(str(scheme.scale), rounding)
 
 
 def grouped(w: torch.Tensor, scheme: Scheme) -> torch.Tensor:
@@ -169,7 +178,7 @@ def residual(
         signs = signs.movedim(0, -1)  # [..., g, size, planes]
         A = torch.einsum("...sp,...sq,...s->...pq", signs, signs, weight)
         b = torch.einsum("...sp,...s,...s->...p", signs, groups, weight)
-        ridge = 1e-4 * A.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(scheme.planes)
+        ridge = 1e-4 * torch.diag_embed(A.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).expand(b.shape))
         scale = torch.linalg.solve(A + ridge, b + (ridge @ scale.unsqueeze(-1)).squeeze(-1)).abs()
     scale = scale.flatten(-2)
     scale = torch.where(scale > 0, scale, torch.full_like(scale, 1e-8))

@@ -35,9 +35,10 @@ class Latent:
             raise Unsupported(f"{q.scheme}: sums of planes have no one step to learn; use W2A16 or gptq alone")
         self.q, self.rounding = q, rounding
         code = q.code.unflatten(-1, (q.scale.shape[-1], -1)).float()
-        exact = w.float().reshape(code.shape)
+        self.extra = None if q.left is None or q.right is None else q.left @ q.right  # a float correction stays
+        exact = (w.float() if self.extra is None else w.float() - self.extra).reshape(code.shape)
         self.null = neutral(q.scheme, q.scale, q.zero)
-        self.keep = exact != 0 if self.null is not None else None  # an exact zero stays zero
+        self.keep = w.reshape(code.shape) != 0 if self.null is not None else None  # an exact zero stays zero
         at, point = grid.units(exact, q.scheme, q.scale, q.zero), self.point(code)
         if q.scheme.tabled:
             self.x = torch.where(grid.nearest(at, q.scheme) == code, at, point)
@@ -50,7 +51,8 @@ class Latent:
         """Where codes lie in their own units: levels, or integers."""
         if not self.q.scheme.tabled:
             return code
-        return torch.tensor(levels(self.q.scheme.table))[code.long() - self.q.scheme.qmin]
+        table = torch.tensor(levels(self.q.scheme.table), device=code.device)
+        return table[code.long() - self.q.scheme.qmin]
 
     def scale(self) -> torch.Tensor:
         """Scales [..., n, g], rounded as they will be stored; gradients pass straight through the rounding."""
@@ -72,7 +74,8 @@ class Latent:
         else:
             z = self.q.zero.float().unsqueeze(-1)
             value = (point - scheme.qmin) * s - z if scheme.minimum != "code" else (point - z) * s
-        return (value if self.keep is None else value * self.keep).flatten(-2)
+        value = (value if self.keep is None else value * self.keep).flatten(-2)
+        return value if self.extra is None else value + self.extra
 
     @torch.no_grad()
     def settle(self) -> QTensor:

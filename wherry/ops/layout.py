@@ -6,10 +6,13 @@
     nvfp4-pack-quantized  weight_packed uint8, weight_scale float8_e4m3fn, weight_global_scale          NVFP4A16
     mxfp4-pack-quantized  weight_packed uint8, weight_scale uint8 (exponent + 127)                      MXFP4A16
     wherry                weight_blocks uint8: k-quants in ggml's blocks; else as pack-quantized        Q4_K, NF4
+                          weight_scale float8_e4m3fn over weight_global_scale, or exponents uint8       W4A16,scale=fp8
+                          weight_left, weight_right float16 beside them: a low-rank correction          W4A16,rank=16
 Source: compressed-tensors 0.20, compressors/*; ggml for k-quants (kquant.py).
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -18,12 +21,15 @@ from wherry.ops import kquant
 from wherry.ops.pack import pack, unpack
 from wherry.scheme import QTensor, Scheme
 
+SMALL = ("float8_e4m3fn", "e8m0")  # scales of one byte
 ZERO = 7  # place of 0 among the 15 levels of e2m1
 
 
 def form(scheme: Scheme) -> str:
     """Name of the layout."""
-    if scheme.nested or scheme.planes > 1 or scheme.kind == "codebook":
+    if scheme.nested or scheme.planes > 1 or scheme.kind == "codebook" or scheme.rank:
+        return "wherry"
+    if scheme.kind == "int" and scheme.scale in SMALL:
         return "wherry"
     if scheme.kind == "fp":
         names = {"float8_e4m3fn": "nvfp4-pack-quantized", "e8m0": "mxfp4-pack-quantized"}
@@ -46,20 +52,29 @@ def from_nibbles(byte: torch.Tensor) -> torch.Tensor:
     return (place + ZERO - 8).to(torch.int8)
 
 
+def small(scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Scales that are e4m3 over one power of two, as the two tensors that hold them."""
+    over = torch.exp2(torch.ceil(torch.log2(scale.amax() / 448.0)))
+    return {"weight_scale": (scale / over).to(torch.float8_e4m3fn), "weight_global_scale": (1 / over).reshape(1)}
+
+
 def parts(q: QTensor) -> dict[str, torch.Tensor]:
     """The tensors that hold q on disk, by their names after the layer's."""
     scheme, kind = q.scheme, form(q.scheme)
     exact = scheme.bits <= 4 and bool((q.scale == q.scale.half().float()).all())
     scale = q.scale.to(torch.float16 if exact else torch.float32)
+    if scheme.scale in ("bfloat16", "float32"):
+        scale = q.scale.to(getattr(torch, str(scheme.scale)))
+    thin: dict[str, torch.Tensor] = {}
+    if q.left is not None and q.right is not None:
+        thin = {"weight_left": q.left.half(), "weight_right": q.right.half()}
     if scheme.nested:
-        return {"weight_blocks": kquant.pack(q)}
+        return {"weight_blocks": kquant.pack(q)} | thin
     if kind == "float-quantized":
         value = torch.tensor(levels(scheme.table))[q.code.long() - scheme.qmin]
         return {"weight": value.to(torch.float8_e4m3fn), "weight_scale": scale}
     if kind == "nvfp4-pack-quantized":
-        over = torch.exp2(torch.ceil(torch.log2(q.scale.amax() / 448.0)))
-        small = (q.scale / over).to(torch.float8_e4m3fn)
-        return {"weight_packed": nibbles(q.code), "weight_scale": small, "weight_global_scale": (1 / over).reshape(1)}
+        return {"weight_packed": nibbles(q.code)} | small(q.scale)
     if kind == "mxfp4-pack-quantized":
         exponent = (torch.log2(q.scale).round() + 127).to(torch.uint8)
         return {"weight_packed": nibbles(q.code), "weight_scale": exponent}
@@ -69,7 +84,11 @@ def parts(q: QTensor) -> dict[str, torch.Tensor]:
     if kind == "int-quantized":
         return {"weight": q.code, "weight_scale": scale} | out
     bits = scheme.bits * scheme.planes
-    out |= {"weight_packed": pack(q.code, bits), "weight_scale": scale}
+    out |= {"weight_packed": pack(q.code, bits), "weight_scale": scale} | thin
+    if scheme.scale == "float8_e4m3fn":
+        out |= small(q.scale)
+    elif scheme.scale == "e8m0":
+        out["weight_scale"] = (torch.log2(q.scale).round() + 127).to(torch.uint8)
     out["weight_shape"] = torch.tensor(q.shape, dtype=torch.int64)
     if q.zero is not None:
         out["weight_zero_point"] = pack(q.zero.T.contiguous(), bits).T.contiguous()
@@ -79,6 +98,10 @@ def parts(q: QTensor) -> dict[str, torch.Tensor]:
 def whole(have: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
     """The QTensor that `parts` took apart."""
     kind = form(scheme)
+    if "weight_left" in have:
+        rest = {name: value for name, value in have.items() if name not in ("weight_left", "weight_right")}
+        left, right = have["weight_left"].float(), have["weight_right"].float()
+        return replace(whole(rest, scheme), left=left, right=right)
     if scheme.nested:
         return kquant.unpack(have["weight_blocks"], scheme)
     scale = have["weight_scale"]
@@ -86,7 +109,9 @@ def whole(have: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
         return QTensor(scheme, from_nibbles(have["weight_packed"]), torch.exp2(scale.float() - 127))
     if kind == "nvfp4-pack-quantized":
         return QTensor(scheme, from_nibbles(have["weight_packed"]), scale.float() / have["weight_global_scale"].float())
-    scale = scale.float()
+    scale = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
+    if "weight_global_scale" in have:
+        scale = scale / have["weight_global_scale"].float()
     if kind == "float-quantized":
         from wherry.ops.grid import nearest
 

@@ -12,7 +12,7 @@ Fails:  BadInput when the smallest schemes do not fit the budget.
 Differs: rounding stands for whatever solver comes after.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -44,7 +44,7 @@ class Mixed(Pass):
 
     def choices(self, scheme: Scheme) -> list[Scheme]:
         """The schemes to choose from, in the groups of the solver's."""
-        found = [Scheme.parse(text) for text in self.schemes]
+        found = [replace(Scheme.parse(text), rank=scheme.rank) for text in self.schemes]
         return [s if s.fixed or scheme.group_size is None else s.with_group(scheme.group_size) for s in found]
 
     def rounded(self, w: torch.Tensor, scheme: Scheme) -> torch.Tensor:

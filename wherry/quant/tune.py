@@ -33,6 +33,8 @@ class Tune(Pass):
     def __post_init__(self) -> None:
         if self.epochs < 1 or min(self.lr, self.lr_scale, self.lr_norm) < 0:
             raise BadInput(f"tune: epochs={self.epochs}: one round at least, and rates that are not negative")
+        if max(self.lr, self.lr_scale, self.lr_norm) == 0:
+            raise BadInput("tune: all rates are 0, so nothing would move; leave tune out, or one rate at its default")
 
     def tune(
         self, loss: Loss, latents: dict[str, Latent], free: list[torch.Tensor], batches: int, notes: list[str]

@@ -52,14 +52,19 @@ def unpacked(path: Path) -> Path:
 
 def decode(artifact: Artifact) -> Iterator[tuple[str, np.ndarray]]:
     """Every weight in float32 by the `gguf` package's own reader and decoder, under its Hugging Face name."""
+    from wherry.formats.gguf.adapter import added, beside
+
     header = Header(artifact.main)
     config = config_of(header)
     back = {own: name for name, own in tensor_names(header.arch, config["num_hidden_layers"]).items()}
-    for tensor in GGUFReader(artifact.main).tensors:
-        name = back.get(tensor.name)
+    read = (
+        (tensor.name, dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False))
+        for tensor in GGUFReader(artifact.main).tensors
+    )
+    for own, value in added(read, beside(header)):
+        name = back.get(own)
         if name is None:
             continue
-        value = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         rows = order(header.arch, config, name)
         yield name, value if rows is None else value[np.argsort(rows)]
 
@@ -67,6 +72,13 @@ def decode(artifact: Artifact) -> Iterator[tuple[str, np.ndarray]]:
 def command(artifact: Artifact) -> list[str]:
     """Copy-paste lines that load the result."""
     file = artifact.main
+    adapter = artifact.manifest.get("adapter")
+    if adapter:  # a low-rank correction is part of the model
+        path = file.with_name(adapter)
+        return [
+            f"llama-server -m {file} --lora {path} --port 8080",
+            f"wherry serve {artifact.path}",
+        ]
     model = re.sub(r"[^a-z0-9._-]+", "-", artifact.name.lower()).strip("-.") or "model"
     return [
         f"llama-server -m {file} --port 8080",

@@ -26,7 +26,7 @@ def kind_of(scheme: Scheme, shape: tuple[int, ...]) -> str:
     k = shape[-1]
     if scheme.nested and len(shape) == 2 and k % kquant.SUPER == 0:
         return str(kquant.name_of(scheme))
-    if scheme.scale == "e8m0" and len(shape) == 2 and k % BLOCK == 0:
+    if scheme.kind == "fp" and scheme.scale == "e8m0" and len(shape) == 2 and k % BLOCK == 0:
         return "MXFP4"
     if scheme.kind != "int" or scheme.planes != 1 or len(shape) != 2 or scheme.nested:
         near = "MXFP4A16" if scheme.bits == 4 else "W8A16" if scheme.bits == 8 else "Q2_K"
@@ -51,9 +51,11 @@ def kind_of(scheme: Scheme, shape: tuple[int, ...]) -> str:
 
 def note_of(scheme: Scheme) -> str:
     """What a person should know of a scheme that fits, or an empty string."""
-    notes: list[str] = []
+    notes = [f"its correction of rank {scheme.rank} is a LoRA adapter beside the file"] if scheme.rank else []
+    if scheme.kind == "int" and scheme.scale in layout.SMALL:
+        notes.append("scales lie as fp16, which holds them exactly")
     if scheme.nested or scheme.kind == "fp":
-        return ""
+        return "; ".join(notes)
     if scheme.bits not in (4, 8):
         notes.append(f"{scheme.bits}-bit codes live in {4 if scheme.bits < 4 else 8}-bit blocks: no bytes saved")
     if isinstance(scheme.grain, Row):

@@ -12,6 +12,7 @@ from gguf.quants import dequantize
 
 from wherry.checkpoint import Checkpoint, natural
 from wherry.errors import Unsupported
+from wherry.formats.gguf import adapter
 from wherry.formats.gguf.header import Header
 from wherry.formats.gguf.names import ROPE_FREQS, order, tensor_names
 from wherry.formats.gguf.unpack import unpack
@@ -45,6 +46,8 @@ class GgufSource:
                     f"Give the model's Q8_0 or F16 file, or its Hugging Face folder."
                 )
             self.where[back[tensor.name]] = tensor
+        thin = adapter.beside(header)
+        self.extra = adapter.products(thin) if thin else {}
 
     def names(self) -> list[str]:
         """All weights, layers in numeric order."""
@@ -71,6 +74,8 @@ class GgufSource:
         else:
             blocks = data.reshape(*tensor.shape[:-1], -1)
             value = torch.from_numpy(dequantize(blocks, GGMLQuantizationType[tensor.kind]))
+        if tensor.name in self.extra:
+            value = (value.double() + torch.from_numpy(self.extra[tensor.name])).float()
         rows = order(self.header.arch, self.config, name)
         return value if rows is None else value[torch.from_numpy(np.argsort(rows))]
 

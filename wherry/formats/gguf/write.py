@@ -14,6 +14,7 @@ from wherry import cargo
 from wherry.artifact import Artifact
 from wherry.checkpoint import Checkpoint
 from wherry.errors import Exhausted, Unsupported
+from wherry.formats.gguf import adapter
 from wherry.formats.gguf.blocks import BLOCK, BYTES, kind_of, note_of, pack
 from wherry.formats.gguf.names import (
     ROPE_FREQS,
@@ -102,6 +103,10 @@ def save(checkpoint: Checkpoint, out: Path, progress: Progress) -> Artifact:
     writer.add_string("wherry.version", __version__)
     writer.add_string("wherry.recipe", checkpoint.recipe)
     writer.add_string("wherry.source", checkpoint.origin)
+    thin = f"{file.stem}-lora.gguf" if adapter.corrected(checkpoint) else ""
+    if thin:
+        adapter.write(checkpoint, arch, names, out / thin)
+        writer.add_string(adapter.KEY, thin)
     made = vocabulary(checkpoint.path, _rows(checkpoint))
     for key, value in metadata_of(arch, checkpoint.config, len(made.tokens)).items():
         writer.add_key_value(key, value, VALUES[type(value)])
@@ -143,7 +148,8 @@ def save(checkpoint: Checkpoint, out: Path, progress: Progress) -> Artifact:
         writer.close()
         temporary.unlink(missing_ok=True)
     progress(len(stored), len(stored), file.name)
-    return Artifact.seal(out, **cargo.facts(checkpoint, "gguf", file.name))
+    more = {"adapter": thin} if thin else {}
+    return Artifact.seal(out, **cargo.facts(checkpoint, "gguf", file.name) | more)
 
 
 def _names(checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -118,6 +119,7 @@ def place(drawing: Drawing, checkpoint: Checkpoint, level: int) -> None:
     graph = drawing.model.graph
     sources = [origin.name for origin in drawing.origins.values()]
     shared: dict[str, Blocks] = {}
+    thin: dict[str, list[np.ndarray]] = {}
     placed: set[str] = set()
 
     def stored(name: str) -> Blocks:
@@ -128,6 +130,8 @@ def place(drawing: Drawing, checkpoint: Checkpoint, level: int) -> None:
         if tensor.scheme.activations is not None:
             integer(tensor.scheme, tensor.scheme.activations, generator=True)
         value = blocks(tensor)
+        if tensor.left is not None and tensor.right is not None:
+            thin[name] = [tensor.left.numpy(), tensor.right.numpy()]
         if sources.count(name) > 1:
             shared[name] = value
         return value
@@ -143,7 +147,10 @@ def place(drawing: Drawing, checkpoint: Checkpoint, level: int) -> None:
         if node.op_type == "MatMul" and node.inputs[1] is weight and origin.transposed:
             x = node.inputs[0]
             assert x is not None
-            edit.replace(node, edit.linear(node, x, origin.name, value, level))
+            y = edit.linear(node, x, origin.name, value, level)
+            if origin.name in thin:
+                y = edit.corrected(node, x, y, origin.name, *thin.pop(origin.name))
+            edit.replace(node, y)
         elif node.op_type == "Gather" and node.inputs[0] is weight and not origin.transposed:
             ids = node.inputs[1]
             assert ids is not None

@@ -30,6 +30,7 @@ from wherry.task import Task
 OPSET = 21
 # attribute of a layer below -> what its tensor is called in the file, after the weight's name
 PARTS = {"codes": edit.CODES, "scales": edit.SCALES, "zeros": edit.ZEROS, "rows": edit.TRANSPOSED}
+PARTS |= {"left": edit.LEFT, "right": edit.RIGHT}
 
 
 class Pooled(torch.nn.Module):
@@ -93,12 +94,18 @@ class Float(Layer):
 
 
 class Blocked(Layer):
-    """A Linear with blocked codes and float activations."""
+    """A Linear with blocked codes and float activations; left [rank, n] and right [k, rank] correct it."""
 
-    def __init__(self, name: str, bias: torch.nn.Parameter | None, weight: Blocks, level: int) -> None:
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def __init__(self, name: str, bias: torch.nn.Parameter | None, tensor: QTensor, level: int) -> None:
+        weight = blocks(tensor)
         zeros = None if weight.zeros is None else pack(weight.zeros, weight.bits)
-        super().__init__(name, bias, codes=weight.codes, scales=weight.scales, zeros=zeros)
-        self.weight, self.level = weight, level
+        thin = {side: None if t is None else t.T.contiguous() for side, t in
+                (("left", tensor.left), ("right", tensor.right))}  # fmt: skip
+        super().__init__(name, bias, codes=weight.codes, scales=weight.scales, zeros=zeros, **thin)
+        self.weight, self.level, self.thin = weight, level, tensor.left is not None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X [..., k] to [..., n]."""
@@ -106,7 +113,8 @@ class Blocked(Layer):
         inputs = [x, self.codes, self.scales, *([] if w.zeros is None else [self.zeros])]
         facts = {"K": w.k, "N": w.n, "bits": w.bits, "block_size": w.size, "accuracy_level": self.level}
         kind = f"{edit.MICROSOFT}::MatMulNBits"
-        return self.biased(operator(kind, *inputs, dtype=torch.float32, shape=(*x.shape[:-1], w.n), **facts))
+        y = operator(kind, *inputs, dtype=torch.float32, shape=(*x.shape[:-1], w.n), **facts)
+        return self.biased(y + (x @ self.right) @ self.left if self.thin else y)
 
 
 class Integer(Layer):
@@ -192,7 +200,7 @@ def dress(module: torch.nn.Module, checkpoint: Checkpoint, places: dict[str, str
                 )
             layer = Integer(weight, bias, tensor)
         else:
-            layer = Blocked(weight, bias, blocks(tensor), level)
+            layer = Blocked(weight, bias, tensor, level)
         parent, _, leaf = path.rpartition(".")
         setattr(module.get_submodule(parent), leaf, layer)
     for parameter, _ in list(module.named_parameters()):

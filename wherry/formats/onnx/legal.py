@@ -84,7 +84,7 @@ def tensor(row: PlanRow, generator: bool) -> str:
         bits, size = container(scheme), block_size(scheme, row.shape[-1])
     except Unsupported as error:
         raise Unsupported(f"onnx, {row.name}: {error}") from error
-    notes = []
+    notes = [f"its correction of rank {scheme.rank} is two MatMuls in float"] if scheme.rank else []
     if bits != scheme.bits:
         notes.append(f"{scheme.bits}-bit codes live in {bits}-bit blocks: no bytes saved")
     if isinstance(scheme.grain, Row):

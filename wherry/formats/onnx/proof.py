@@ -23,6 +23,7 @@ TIE = 0.05  # cosine distance that one moved code may cost one sentence: 4e-3 se
 LARGE = 4096  # values; a float tensor above it must be a weight that the plan leaves float
 FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
 UNUSED = ("pooler.", "position_ids", "rotary_emb.inv_freq")
+OWN = (edit.SCALES, ".steps", edit.LEFT, edit.RIGHT)  # floats that belong to codes
 CACHES = {"cos_cache", "sin_cache"}  # rotary positions, drawn by the builder
 
 
@@ -42,7 +43,7 @@ def holds(checkpoint: Checkpoint, path: Path) -> tuple[list[dict[str, Any]], lis
     for name, tensor in tensors.items():
         of = name.removesuffix(edit.TRANSPOSED)
         large = tensor.data_type in FLOATS and np.prod(tensor.dims, dtype=np.int64) > LARGE
-        if large and of not in free and name not in CACHES and not name.endswith((edit.SCALES, ".steps")):
+        if large and of not in free and name not in CACHES and not name.endswith(OWN):
             raise Corrupt(
                 f"{path}: {name} holds {list(tensor.dims)} floats that are not in the plan: a second copy of a weight"
             )

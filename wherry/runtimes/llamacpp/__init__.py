@@ -12,7 +12,7 @@ import xllamacpp
 
 from wherry.artifact import Artifact
 from wherry.errors import BadInput, Unsupported
-from wherry.formats.gguf import vocabulary
+from wherry.formats.gguf import adapter, vocabulary
 from wherry.formats.gguf.header import Header
 from wherry.formats.gguf.names import ARCHS, check_shapes, shape_of
 from wherry.session import Session
@@ -76,9 +76,10 @@ def load(artifact: Artifact, device: str = "cpu", threads: int = 0, context: int
         "runtime": "llamacpp", **available(), "threads": str(threads), "device": "cpu", "format": "gguf",
         "context": str(context), "api": f"server ({reason})" if reason else "direct",
     }  # fmt: skip
-    if reason:
-        return server.Server(header, threads, context, facts)
-    return direct.Direct(header, threads, context, facts)
+    thin = adapter.beside(header)
+    if thin is not None:
+        facts["adapter"] = thin.name
+    return (server.Server if reason else direct.Direct)(header, threads, context, facts, thin)
 
 
 def cores() -> int:

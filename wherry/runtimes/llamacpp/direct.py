@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import xllamacpp
@@ -59,6 +60,8 @@ FUNCTIONS = {
     "llama_get_memory": (c.c_void_p, [c.c_void_p]),
     "llama_memory_clear": (None, [c.c_void_p, c.c_bool]),
     "llama_memory_seq_rm": (c.c_bool, [c.c_void_p, c.c_int32, c.c_int32, c.c_int32]),
+    "llama_adapter_lora_init": (c.c_void_p, [c.c_void_p, c.c_char_p]),
+    "llama_set_adapters_lora": (c.c_int32, [c.c_void_p, c.POINTER(c.c_void_p), c.c_size_t, c.POINTER(c.c_float)]),
     "llama_free": (None, [c.c_void_p]),
     "llama_model_free": (None, [c.c_void_p]),
 }
@@ -107,12 +110,15 @@ class Direct(NoPredict):
     """One model and one context. Thread-safe: each decoding step is a turn; a call that was interrupted by another
     one's steps computes its own prompt again.
 
+    adapter: of a low-rank correction, a file that is added to the weights; None = none.
     reuse: keep what two calls of `generate` have in common at their beginning (a conversation that goes on).
     """
 
     grade = "A"
 
-    def __init__(self, header: Header, threads: int, context: int, facts: dict[str, str]) -> None:
+    def __init__(
+        self, header: Header, threads: int, context: int, facts: dict[str, str], adapter: Path | None = None
+    ) -> None:
         self.lib, self.facts, self.limit, self.reuse = library(), facts, context, True
         self.lock = threading.Lock()
         self.held: list[int] = []  # ids in the key-value cache
@@ -130,6 +136,14 @@ class Direct(NoPredict):
         if not self.context or self.lib.llama_n_ctx(self.context) < context:
             self.close()
             raise Exhausted(f"llama.cpp could not make a context of {context} tokens for {header.path}: {last()}")
+        if adapter is not None:  # freed with its model
+            thin = self.lib.llama_adapter_lora_init(self.model, os.fsencode(adapter))
+            failed = not thin or self.lib.llama_set_adapters_lora(
+                self.context, (c.c_void_p * 1)(thin), 1, (c.c_float * 1)(1.0)
+            )
+            if failed:
+                self.close()
+                raise Corrupt(f"{adapter}: llama.cpp does not take it with {header.path.name}: {last()}")
         self.lib.llama_set_n_threads(self.context, threads, threads)
         self.vocabulary = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.model))
 

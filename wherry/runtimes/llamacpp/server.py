@@ -10,6 +10,7 @@ Limits: the server withholds a token that ends inside of a UTF-8 character and t
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,9 @@ class Server(NoPredict):
 
     grade = "B"
 
-    def __init__(self, header: Header, threads: int, context: int, facts: dict[str, str]) -> None:
+    def __init__(
+        self, header: Header, threads: int, context: int, facts: dict[str, str], adapter: Path | None = None
+    ) -> None:
         self.facts, self.limit, self.lock = facts, context, threading.Lock()
         self.vocabulary = len(header.metadata.get("tokenizer.ggml.tokens", ()))
         self.end = int(header.metadata.get("tokenizer.ggml.eos_token_id", 0))
@@ -37,6 +40,8 @@ class Server(NoPredict):
         parameters.model.path = str(header.path)
         parameters.n_ctx, parameters.n_parallel, parameters.warmup = context, 1, False
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+        if adapter is not None:
+            parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
         parameters.verbosity = -1
         main = threading.current_thread() is threading.main_thread()
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

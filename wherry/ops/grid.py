@@ -115,6 +115,56 @@ def between(
     return scale, zero.to(torch.int8)
 
 
+def recover(
+    w: torch.Tensor, scheme: Scheme, rounding: Rounding | None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | None:
+    """Scale and zero of the groups that lie on a grid of the scheme already, as trained or decoded weights do.
+
+    Idea:   w = s c with whole c: s = max|w| / m for one of the few m that the codes allow; the smallest m that fits all
+            of the group. Rounding then changes nothing beyond float16's last bit, so no other grid is better.
+    Returns scale, zero [..., n, g] and which groups were found [..., n, g]; None when none was, or the grid is no
+    integer grid. Cost: one rounding of w per m for groups that pass; a look at 4 rows where none does.
+    """
+    if scheme.kind != "int" or scheme.nested or scheme.planes > 1 or scheme.scale != "float16":
+        return None
+    groups = grouped(w.float(), scheme)
+    if groups.ndim == 3 and len(groups) > 8 and not _on_grid(groups[:4], scheme, rounding)[2].any():
+        return None
+    scale, low, found = _on_grid(groups, scheme, rounding)
+    if not found.any():
+        return None
+    if scheme.symmetric:
+        return scale, None, found
+    zero = (scheme.qmin - low).clamp(scheme.qmin, scheme.qmax)
+    return scale, zero.to(torch.int8), found
+
+
+def _on_grid(
+    groups: torch.Tensor, scheme: Scheme, rounding: Rounding | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scale, lowest whole number, and whether it fits, of each group."""
+    most = groups.abs().amax(-1)
+    reach = scheme.qmax - scheme.qmin if not scheme.symmetric else max(-scheme.qmin, scheme.qmax)
+    scale, low, found = torch.ones_like(most), torch.zeros_like(most), most == 0
+    for m in range(1, reach + 1):
+        s = (most / m).clamp(min=torch.finfo(torch.float32).tiny)
+        s = s if rounding is None else rounding(s)
+        c = groups / s.unsqueeze(-1)
+        whole = torch.round(c)
+        first, last = whole.amin(-1), whole.amax(-1)
+        if scheme.symmetric:
+            inside = (first >= scheme.qmin) & (last <= scheme.qmax)
+        else:  # zero = qmin - first, within the codes, as 0 must be
+            inside = (last.clamp(min=0) - first.clamp(max=0)) <= scheme.qmax - scheme.qmin
+        near = ((c - whole).abs() <= whole.abs() * 2.0**-11 + 1e-5).all(-1)
+        new = near & inside & ~found
+        scale, low = torch.where(new, s, scale), torch.where(new, first.clamp(max=0), low)
+        found = found | new
+        if found.all():
+            break
+    return scale, low, found
+
+
 def settled(
     scale: torch.Tensor, zero: torch.Tensor | None, scheme: Scheme, rounding: Rounding
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

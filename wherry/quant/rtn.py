@@ -5,6 +5,7 @@ Idea:   each group's range gives its scale and zero; each weight takes the neare
 Shapes: w [..., n, k]; one scale and zero per group of k / g inputs.
 Cost:   O(n k) time, one tensor in memory, no data.
 Fails:  never; error per weight is at most half a step, plus the rounding of the scale.
+Differs: groups that lie on a grid of the scheme already (trained by `qat`, or decoded) keep it and their values.
 """
 
 from dataclasses import dataclass
@@ -22,4 +23,13 @@ class RTN(Pass):
 
     def solve(self, w: torch.Tensor, stat: None = None, notes: list[str] | None = None) -> QTensor:
         """Codes of w by its own range alone."""
-        return grid.encode(w, self.scheme, *grid.fit(w, self.scheme, self.rounding))
+        scale, zero = grid.fit(w, self.scheme, self.rounding)
+        known = grid.recover(w, self.scheme, self.rounding)
+        if known is not None:
+            own, own_zero, found = known
+            scale = torch.where(found, own, scale)
+            if zero is not None and own_zero is not None:
+                zero = torch.where(found, own_zero, zero)
+            if notes is not None:
+                notes.append(f"{int(found.sum())} of {found.numel()} groups lay on this grid already and kept it")
+        return grid.encode(w, self.scheme, scale, zero)

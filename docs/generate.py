@@ -22,8 +22,8 @@ READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 DEMO, BENCH = ROOT / "docs" / "demo.json", ROOT / "bench" / "results" / "quality.json"
 WORDS = {
     "en": {
-        "quant": "method", "formats": "format", "runtimes": "runtime", "schemes": "schemes", "name": "name",
-        "what": "what it is",
+        "quant": "method", "prune": "pruning", "formats": "format", "runtimes": "runtime", "schemes": "schemes",
+        "name": "name", "what": "what it is",
         "no demo": "The demo's figures of this version are not committed yet: `make demo` prints them.",
         "no bench": "Not measured yet for this version.", "model": "model", "tool": "tool and method",
         "scheme": "scheme, group",
@@ -31,7 +31,8 @@ WORDS = {
         "sentences": "sentences/s", "runs": "calibration draws",
     },
     "zh": {
-        "quant": "方法", "formats": "格式", "runtimes": "运行时", "schemes": "方案", "name": "名称", "what": "说明",
+        "quant": "方法", "prune": "剪枝", "formats": "格式", "runtimes": "运行时", "schemes": "方案",
+        "name": "名称", "what": "说明",
         "no demo": "本版本的演示数据尚未提交：运行 `make demo` 即可得到。",
         "no bench": "本版本尚未测量。", "model": "模型", "tool": "工具与方法", "scheme": "方案，组大小",
         "bits": "比特/权重", "ppl": "困惑度", "float": "浮点", "kl": "KL（nats/token）", "top1": "top-1 %",
@@ -48,7 +49,7 @@ def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
 
 def methods(words: dict[str, str]) -> str:
     """Everything that stands on the shelves, by its first docstring line."""
-    shelves = ("quant", "formats", "runtimes")
+    shelves = ("quant", "prune", "formats", "runtimes")
     rows = [[words[shelf], f"`{name}`", line] for shelf in shelves for name, line in own(shelf)]
     rows.append([words["schemes"], "", ", ".join(f"`{name}`" for name in PRESETS)])
     return table(["", words["name"], words["what"]], rows, left=3)

@@ -77,7 +77,9 @@ def dry_run(
     made, batches, _ = _prepare(model, recipe, formats, data_file, samples, length, seed, silent)
     report = Report(f"plan: {made.recipe}")
     for row in made.rows:
-        what = str(row.scheme) if row.scheme else f"as it is ({row.dtype})"
+        stays = f"as it is ({row.dtype})" if row.step < 0 else row.dtype
+        what = str(row.scheme) if row.scheme else stays
+        what += f", {100 * row.sparsity:.4g}% zeros" if row.sparsity else ""
         note = "; ".join([*([row.reason] if row.reason else []), *row.notes])
         report.add(what, row.name, row.after, "B", note=f"was {row.before:,} B" + (f"; {note}" if note else ""))
     for what, value in forecast(made, batches, formats).items():

@@ -194,6 +194,7 @@ class Checkpoint:
     plan: list[dict[str, Any]] = field(default_factory=list)
     recipe: str = ""
     graph: Any = None  # of a model that is an ONNX graph: its source, which has the graph too
+    original: "Checkpoint | None" = None  # between the stages of a recipe: the model that it started from
 
     @classmethod
     def open(cls, model: str | Path) -> "Checkpoint":

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from wherry import __version__, cargo, data, shelf
+from wherry import __version__, cargo, data, shelf, tensorfile
 from wherry.artifact import MANIFEST, Artifact
 from wherry.checkpoint import Checkpoint
 from wherry.errors import BadInput, Error, Exhausted
@@ -73,7 +73,7 @@ def deliver(
             describe(result)
         journal.finish(result)
     except Error as error:
-        kept = sorted(journal.folder.glob("unit-block-*.safetensors")) if batches and error.code in KEPT else []
+        kept = sorted(journal.folder.rglob("unit-block-*.safetensors")) if batches and error.code in KEPT else []
         if not kept:
             journal.discard()
             raise
@@ -87,19 +87,24 @@ def deliver(
 
 
 def _checkpoint(plan: Plan, journal: Journal, batches: Batches, result: Path, progress: Progress) -> None:
-    from wherry.engine import unit
+    from wherry.engine import stage, unit
 
-    if plan.checkpoint.graph is not None:
-        shelf.find("engine", "graph").deliver(plan, batches, result, progress)
-        return
-    if batches:
-        done = shelf.find("engine", "walk").run(plan, journal, batches, progress)
+    last, given, history = stage.lead(plan, batches, journal.folder, progress)
+    codes = last.recipe.steps[-1].gait == "codes"
+    if codes and given.graph is not None:
+        facts, checks = shelf.find("engine", "graph").quantize(last, batches, result, progress)
     else:
-        done = shelf.find("engine", "stream").run(plan, journal, progress)
-    facts = unit.assemble(plan, journal, done, result)
-    fields = cargo.facts(plan.checkpoint, "compressed_tensors", unit.main_file(result))
-    origin = plan.checkpoint.origin or plan.checkpoint.name
-    Artifact.seal(result, **fields | {"plan": facts, "recipe": str(plan.recipe), "source": origin})
+        facts, checks = stage.run(last, given, batches, journal, result, progress), []
+    facts = stage.merged(facts, history, last.first)
+    tensorfile.write_pieces(result / "recipe.yaml", [plan.recipe.to_yaml().encode()])
+    more = {"plan": facts, "recipe": str(plan.recipe), "source": plan.checkpoint.origin or plan.checkpoint.name}
+    if given.graph is not None:
+        graph = shelf.find("engine", "graph")
+        fields = graph.described(given, result, checks or graph.compared(given, result, batches))
+    else:
+        fields = cargo.facts(given, "compressed_tensors" if codes else "safetensors", unit.main_file(result))
+    made = Checkpoint.open(result) if last.recipe.steps[-1].gait == "model" else given
+    Artifact.seal(result, **fields | more | {"params": made.params})
 
 
 def exports(plan: Plan, formats: tuple[str, ...]) -> list[str]:

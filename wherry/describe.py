@@ -1,5 +1,6 @@
 """Describe: write report.json, report.html and the model card (README.md) beside a finished result."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ def sizes(plan: Any, result: Path) -> Report:
         size = sum(entry["bytes"] for name, entry in artifact.manifest["files"].items() if name.endswith(WEIGHTS))
         report.add("bytes", where(artifact, result), size, "B", note="weight files")
         report.add("bits per parameter", where(artifact, result), 8 * size / params, "bits")
-    for row in Artifact.open(result).manifest["plan"]:
+    manifest = Artifact.open(result).manifest
+    if manifest["params"] != params:
+        report.add("parameters", "result", manifest["params"])
+    zeros = sum(row.get("sparsity", 0.0) * math.prod(row["shape"]) for row in manifest["plan"])
+    if zeros:
+        report.add("zeros", "result", 100 * zeros / manifest["params"], "%", note="of all parameters")
+    for row in manifest["plan"]:
         for note in row["notes"]:
             report.add("note", row["name"], note)
     return report

@@ -10,6 +10,11 @@
 `observe` and `correct(w, q, stat, notes) -> q`: after a solver; a float correction of `rank` beside the codes.
 `fit(call, latents, targets, notes)`: after a solver; the codes of one block learned together.
 `tune(loss, latents, free, batches, notes)`: after the last block; the whole model against the original's outputs.
+`prune(w, stat, notes) -> w`: a stage of its own, streamed or (with `observe`) walked; the same weight with zeros in it.
+`share(plan, batches, progress) -> {name: sparsity}`: before a `prune`; how much of each weight it takes.
+`remake(checkpoint, out, batches, progress)`: a stage of its own; writes another model into the new folder `out`. With
+    `expect(checkpoint) -> checkpoint` the plan knows its names, shapes and configuration before, and with
+    `remarks(checkpoint) -> {tensor or "": text}` it says what was rounded, or why; both raise what must fail.
 """
 
 import dataclasses
@@ -21,12 +26,14 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 
 from wherry.errors import BadInput
-from wherry.ops import grid
+from wherry.ops import grid, sparse
 from wherry.scheme import PRESETS, QTensor, Scheme
 from wherry.shelf import suggest
 
 EMBEDDING = "W8A16,group_size=32"
 SEEING = ("observe", "smooth", "correct", "fit", "tune", "assign")
+# knobs that only a step which gives codes has
+QUANTIZER = ("scheme", "embedding", "portable", "activation_observer", "bias_correction", "attention")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +63,23 @@ class Pass:
         """Codes for the weight w [..., n, k]; stat is what `observe` gathered, or None; remarks go into `notes`."""
         raise NotImplementedError
 
+    @classmethod
+    def knobs(cls) -> list[str]:
+        """Names of the fields that a recipe can turn."""
+        coded = not any(hasattr(cls, gait) for gait in ("prune", "share", "remake"))
+        return [item.name for item in dataclasses.fields(cls) if coded or item.name not in QUANTIZER]
+
+    @property
+    def gait(self) -> str:
+        """"zeros" for a step that prunes or says how much, "model" for one that remakes, else "codes"."""
+        if hasattr(self, "remake"):
+            return "model"
+        return "zeros" if hasattr(self, "prune") or hasattr(self, "share") else "codes"
+
     @property
     def calibrated(self) -> bool:
         """Whether it needs to see inputs: by a method that it defines, or the scheme has static activations."""
-        activations = self.scheme.activations
+        activations = self.scheme.activations if self.gait == "codes" else None
         return any(hasattr(self, name) for name in SEEING) or (activations is not None and not activations.dynamic)
 
     @property
@@ -83,8 +103,8 @@ class Pass:
         return type(self).__name__.lower()
 
     def __str__(self) -> str:
-        knobs = []
-        for item in dataclasses.fields(self):
+        knobs, names = [], self.knobs()
+        for item in (item for item in dataclasses.fields(self) if item.name in names):
             value = getattr(self, item.name)
             if (item.name == "scheme" and self.solves) or value != item.default:
                 knobs.append(f"{item.name}={';'.join(value) if isinstance(value, tuple) else value}")
@@ -104,6 +124,50 @@ def corrected(steps: tuple[Pass, ...], name: str, scheme: Scheme, shape: tuple[i
     if scheme.activations is not None:
         raise BadInput(f"{found[0].method} wants inputs that stay float, and {scheme} rounds them; use {scheme.near}")
     return replace(scheme, rank=rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruner(Pass):
+    """A step that zeroes weights. Subclasses define `prune(w, stat, notes) -> w`, the weight [n, k] with zeros in it.
+
+    sparsity: share of weights to zero, 0 to 1 (both excluded).
+    pattern: "N:M" keeps N of every M neighbouring inputs of a row; sparsity is then 1 - N/M.
+    block: "AxB" zeroes tiles of A outputs and B inputs together.
+    """
+
+    sparsity: float = 0.5
+    pattern: str = ""
+    block: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity < 1:
+            said = "leaves nothing" if self.sparsity >= 1 else "takes nothing"
+            raise BadInput(f"{self.method}: sparsity={self.sparsity:g} {said}; it is a share between 0 and 1, like 0.5")
+        if self.pattern and self.block:
+            raise BadInput(f"{self.method}: pattern={self.pattern} and block={self.block} exclude each other: take one")
+        sparse.keep_of(self.pattern, self.method)
+        sparse.tile_of(self.block, self.method)
+
+    def prune(self, w: torch.Tensor, stat: Any = None, notes: list[str] | None = None) -> torch.Tensor:
+        """The weight w [n, k] with zeros; stat is what `observe` gathered, or None; remarks go into `notes`."""
+        raise NotImplementedError
+
+    def planned(self, shape: tuple[int, ...]) -> float:
+        """Share of a weight [n, k] that becomes zero. Raises BadInput where the pattern or block does not fit."""
+        sparse.fits(shape, self.pattern, self.block)
+        if self.pattern:
+            n, m = sparse.keep_of(self.pattern, self.method)
+            return 1 - n / m
+        return self.sparsity
+
+    def wording(self, sparsity: float) -> str:
+        """What the plan says of a weight."""
+        how = f" ({self.pattern})" if self.pattern else f" (blocks of {self.block})" if self.block else ""
+        return f"{100 * sparsity:.4g}% zeros{how}"
+
+    def keep(self, score: torch.Tensor) -> torch.Tensor:
+        """The mask [n, k] of weights that stay: those of largest score [n, k], as the knobs say, in each layer."""
+        return sparse.keep(score, self.sparsity, self.pattern, self.block)
 
 
 def matches(pattern: str, name: str) -> bool:

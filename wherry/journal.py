@@ -22,7 +22,39 @@ from wherry.tensorfile import TensorFile
 NAME_MOST = 200  # bytes of an output's name: those of its working folder must fit into the usual 255
 
 
-class Journal:
+class Units:
+    """Finished units of work in a folder: one safetensors file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, key: str) -> Path:
+        """Where the tensors of a unit lie."""
+        return self.folder / f"unit-{key}.safetensors"
+
+    def done(self, key: str) -> TensorFile | None:
+        """The finished unit of that key, or None when it must be (re)done."""
+        if not self.path(key).exists():
+            return None
+        try:
+            return TensorFile(self.path(key))
+        except Corrupt:
+            return None
+
+    def save(self, key: str, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> TensorFile:
+        """Finish a unit: its tensors, and facts as JSON in the file's metadata."""
+        tensorfile.write(self.path(key), tensors, {"facts": json.dumps(facts, sort_keys=True)})
+        return TensorFile(self.path(key))
+
+    @staticmethod
+    def facts(unit: TensorFile) -> dict[str, Any]:
+        """The facts of a finished unit."""
+        found: dict[str, Any] = json.loads(unit.metadata["facts"])
+        return found
+
+
+class Journal(Units):
     """The working folder of one run.
 
     Raises:
@@ -52,30 +84,6 @@ class Journal:
             raise BadInput(f"cannot write beside {out}: {error.strerror}.\nChoose another -o.") from error
         for leftover in self.folder.rglob("*.tmp"):
             leftover.unlink()
-
-    def path(self, key: str) -> Path:
-        """Where the tensors of a unit lie."""
-        return self.folder / f"unit-{key}.safetensors"
-
-    def done(self, key: str) -> TensorFile | None:
-        """The finished unit of that key, or None when it must be (re)done."""
-        if not self.path(key).exists():
-            return None
-        try:
-            return TensorFile(self.path(key))
-        except Corrupt:
-            return None
-
-    def save(self, key: str, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> TensorFile:
-        """Finish a unit: its tensors, and facts as JSON in the file's metadata."""
-        tensorfile.write(self.path(key), tensors, {"facts": json.dumps(facts, sort_keys=True)})
-        return TensorFile(self.path(key))
-
-    @staticmethod
-    def facts(unit: TensorFile) -> dict[str, Any]:
-        """The facts of a finished unit."""
-        found: dict[str, Any] = json.loads(unit.metadata["facts"])
-        return found
 
     def finish(self, result: Path) -> None:
         """Move a folder inside of the journal to the output's name; the last step of a run.

@@ -2,11 +2,13 @@
 
     "gptq:scheme=W4A16_ASYM,group_size=64"            one pass
     "rtn:scheme=W8A16,targets=re:.*down_proj | gptq"  several, joined by |; a tensor belongs to the first that takes it
+    "width:... | sparsegpt | heal:steps=200 | gptq"   stages: each step that prunes or remakes ends as a model
     recipe.yaml                                       the same as a list of {method: {knob: value}}
 
 A Pass is a frozen dataclass that owns its knobs and its mathematics. By the methods that it defines, the engine
 knows its gait: only `solve` streams; `observe` + `solve` walks block by block with calibration data; `smooth` comes
-before a solver in the same block, `fit` after it; `tune` comes last, with the whole model.
+before a solver in the same block, `fit` after it; `tune` comes last, with the whole model. `prune` zeroes weights and
+`remake` writes another model: such a step is a stage, and the steps after it are given the model that it left.
 """
 
 import dataclasses
@@ -21,13 +23,32 @@ import torch
 import yaml
 
 from wherry import shelf
-from wherry.checkpoint import Checkpoint, stack
+from wherry.checkpoint import Checkpoint
 from wherry.errors import BadInput, Unsupported
 from wherry.gait import Pass as Pass
-from wherry.gait import coerce, corrected
+from wherry.gait import coerce
 from wherry.gait import matches as matches
-from wherry.scheme import PRESETS, Scheme, Tensor
+from wherry.roles import QUANTIZABLE, QUANTIZED
+from wherry.roles import roles as roles
+from wherry.rows import PlanRow as PlanRow
+from wherry.rows import remade, row_of
+from wherry.scheme import Scheme, Tensor
 from wherry.shelf import suggest
+
+SHELVES = ("quant", "prune", "distill")  # where a recipe's steps stand
+
+
+def kind(method: str) -> type[Pass]:
+    """The class of a method, from the first shelf that has it. Raises Unsupported: no such method."""
+    name, known = method.replace("-", "_"), {place: shelf.names(place) for place in SHELVES}
+    for place, names in known.items():
+        if name in names:
+            found = shelf.load(place, name)
+            if not issubclass(found, Pass):
+                raise Unsupported(f"{method} is a step of training recipes: wherry train --recipe '{method}'")
+            return found
+    every = [name for names in known.values() for name in names]
+    raise Unsupported(f"no '{name}' in {', '.join(SHELVES)}{suggest(name, every)}; there are: {', '.join(every)}")
 
 
 def build(method: str, knobs: dict[str, Any]) -> Pass:
@@ -36,21 +57,23 @@ def build(method: str, knobs: dict[str, Any]) -> Pass:
     Raises:
         Unsupported: no such method; BadInput: no such knob, or a value of the wrong type.
     """
-    kind = shelf.load("quant", method)
-    hints, known = get_type_hints(kind), [item.name for item in dataclasses.fields(kind)]
+    made_of = kind(method)
+    hints, known = get_type_hints(made_of), made_of.knobs()
     knobs = dict(knobs)
-    options = [(key, knobs.pop(key)) for key in ("group_size", "scale") if key in knobs]
+    codes = "scheme" in known
+    options = [(key, knobs.pop(key)) for key in ("group_size", "scale") if key in knobs and codes]
     values: dict[str, Any] = {}
     for name, value in knobs.items():
         if name not in known:
             near, every = suggest(str(name), [*known, "group_size"]), ", ".join(known)
-            raise BadInput(f"{method} has no knob '{name}'{near}; it has: group_size, scale, {every}")
+            also = "group_size, scale, " if codes else ""
+            raise BadInput(f"{method} has no knob '{name}'{near}; it has: {also}{every}")
         values[name] = coerce(method, name, value, hints[name])
     for key, value in options:
-        scheme = values.get("scheme", next(f.default for f in dataclasses.fields(kind) if f.name == "scheme"))
+        scheme = values.get("scheme", next(f.default for f in dataclasses.fields(made_of) if f.name == "scheme"))
         sized = key == "group_size"
         values["scheme"] = scheme.with_group(coerce(method, key, value, int)) if sized else scheme.with_scale(value)
-    made: Pass = kind(**values)
+    made = made_of(**values)
     if made.embedding != "keep":
         Scheme.parse(made.embedding)
     return made
@@ -59,6 +82,14 @@ def build(method: str, knobs: dict[str, Any]) -> Pass:
 def expand(step: Pass) -> tuple[Pass, ...]:
     """The steps that a pass stands for: itself, or those of its recipe."""
     return Recipe.parse(step.recipe()).steps if hasattr(step, "recipe") else (step,)
+
+
+def shares(step: Pass, after: Pass | None) -> bool:
+    """Whether a step only says how much the one after it prunes. Raises BadInput where no such one comes after it."""
+    alone = hasattr(step, "share") and not hasattr(step, "prune")
+    if alone and not hasattr(after, "prune"):
+        raise BadInput(f"{step.method} says how much is pruned: a step that prunes comes after it, like wanda")
+    return alone
 
 
 @dataclass(frozen=True)
@@ -117,10 +148,10 @@ class Recipe:
         steps = []
         for step in self.steps:
             knobs: dict[str, Any] = {}
-            for item in dataclasses.fields(step):
-                value = getattr(step, item.name)
-                knobs[item.name] = list(value) if isinstance(value, tuple) else value
-            scheme, *options = str(knobs.pop("scheme")).split(",")
+            for name in step.knobs():
+                value = getattr(step, name)
+                knobs[name] = list(value) if isinstance(value, tuple) else value
+            scheme, *options = str(knobs.pop("scheme", "")).split(",")
             if step.solves:
                 parts = [option.split("=") for option in options]
                 knobs = {"scheme": scheme} | knobs | {k: int(v) if k == "group_size" else v for k, v in parts}
@@ -132,13 +163,70 @@ class Recipe:
         """Whether any step needs calibration data."""
         return any(step.calibrated for step in self.steps)
 
+    @property
+    def stages(self) -> "list[Recipe]":
+        """The steps in groups, each of which ends as a model: all that give codes, or one that prunes or remakes.
+
+        Raises BadInput where codes would have to be pruned or remade.
+        """
+        groups: list[list[Pass]] = []
+        for step in self.steps:
+            before = groups[-1][-1] if groups else None
+            if before is not None and before.gait == "codes" != step.gait:
+                raise BadInput(
+                    f"{step.method} stands after {before.method}, and works on float weights: write it before"
+                )
+            if before is not None and (shares(before, step) or before.gait == step.gait == "codes"):
+                groups[-1].append(step)
+            else:
+                groups.append([step])
+        if self.steps:
+            shares(self.steps[-1], None)
+        return [Recipe(tuple(group)) for group in groups]
+
+    def expect(self, checkpoint: Checkpoint) -> Checkpoint:
+        """What a stage will leave of a checkpoint, as far as it is known before: names, shapes and configuration."""
+        for step in self.steps:
+            checkpoint = step.expect(checkpoint) if hasattr(step, "expect") else checkpoint
+        return checkpoint
+
     def plan(self, checkpoint: Checkpoint, formats: tuple[str, ...] = ()) -> "Plan":
         """Decide for every tensor, check it against every format, and raise what can be known to fail."""
+        stages, current = self.stages, checkpoint
+        plans: list[Plan] = []
+        for stage in stages:
+            turning = [s.method for s in stage.steps if hasattr(s, "rewrite") and checkpoint.graph is None]
+            if turning and any(plan.recipe.steps[-1].gait == "zeros" for plan in plans):
+                raise BadInput(f"{turning[0]} turns all weights, which fills the zeros made before: leave it out")
+            first = sum(len(plan.recipe.steps) for plan in plans)
+            plans.append(stage.settle(current, formats if stage is stages[-1] else (), first))
+            current = stage.expect(current)
+        return plans[0] if len(plans) == 1 else Plan.joined(checkpoint, self, plans)
+
+    def settle(self, checkpoint: Checkpoint, formats: tuple[str, ...] = (), first: int = 0) -> "Plan":
+        """The plan of one stage. first: how many steps of the whole recipe stand before it."""
         if checkpoint.graph is not None:
             self._fits_graphs()
-        for step in self.steps:
-            checkpoint = step.rewrite(checkpoint) if hasattr(step, "rewrite") else checkpoint
-        plan = Plan(checkpoint, self, rows=[self._row(checkpoint, *item) for item in roles(checkpoint)])
+        if hasattr(self.steps[-1], "remake"):
+            made = self.expect(checkpoint)
+            plan = Plan(made, self, remade(self.steps, checkpoint, made, first), formats, first)
+        else:
+            for step in self.steps:
+                checkpoint = step.rewrite(checkpoint) if hasattr(step, "rewrite") else checkpoint
+            rows = [row_of(self.steps, checkpoint, *item, first) for item in roles(checkpoint)]
+            plan = Plan(checkpoint, self, rows, formats, first)
+            self._changes(plan)
+        always = ("onnx",) if checkpoint.graph is not None else ()  # what a graph is written as
+        for name in dict.fromkeys((*always, *formats)):
+            for trial in plan.trials():
+                shelf.find("formats", name).check(trial)
+            for tensor, note in shelf.find("formats", name).check(plan).items():
+                plan.note(tensor, f"{name}: {note}")
+        return plan
+
+    def _changes(self, plan: "Plan") -> None:
+        """Raise BadInput for a pattern that means no layer, a quantized graph, or a stage that takes nothing."""
+        checkpoint = plan.checkpoint
         for step in self.steps:
             for pattern in (*step.targets, *step.ignore):
                 layers = [row.name.removesuffix(".weight") for row in plan.rows if row.role in QUANTIZABLE]
@@ -147,15 +235,8 @@ class Recipe:
         if checkpoint.graph is not None and checkpoint.graph.quantized:
             raise BadInput(f"{checkpoint.path} is quantized already; compress the float model that it was made from")
         plan.trials()  # a group that fits no width is found here
-        if not any(row.scheme for row in plan.rows):
+        if not any(row.step >= 0 for row in plan.rows):
             raise BadInput(f"the recipe '{self}' changes nothing in {checkpoint.name}")
-        always = ("onnx",) if checkpoint.graph is not None else ()  # what a graph is written as
-        for name in dict.fromkeys((*always, *formats)):
-            for trial in plan.trials():
-                shelf.find("formats", name).check(trial)
-            for tensor, note in shelf.find("formats", name).check(plan).items():
-                plan.note(tensor, f"{name}: {note}")
-        return plan
 
     def _fits_graphs(self) -> None:
         """Raise Unsupported for a step that walks a transformer's blocks: an ONNX graph has none."""
@@ -168,95 +249,38 @@ class Recipe:
                     "On graphs there are rtn, gptq, hqq, and equalize before them."
                 )
 
-    def _row(self, checkpoint: Checkpoint, name: str, role: str, why: str) -> "PlanRow":
-        shape, dtype = checkpoint.shape(name), checkpoint.source.dtype(name)
-        stored = checkpoint.scheme(name)
-        before = stored.bytes(shape) if stored else torch.Size(shape).numel() * dtype.itemsize
-        row = PlanRow(name, shape, str(dtype).removeprefix("torch."), role, None, -1, why, before, before)
-        if role not in QUANTIZABLE or why == QUANTIZED:
-            return row
-        reasons = []
-        solvers = [(i, step) for i, step in enumerate(self.steps) if step.solves]
-        wanting = [item for item in solvers if item[1].wants(name) and not hasattr(item[1], "smooth")]
-        for i, step in wanting[:1] or solvers:  # one that smooths leaves the codes to a later step, if there is one
-            if step.targets and not any(matches(p, name) for p in step.targets):
-                reasons.append(f"not among the targets of step {i + 1}")
-                continue
-            if any(matches(p, name) for p in step.ignore):
-                reasons.append(f"ignored by step {i + 1}")
-                continue
-            if role != "linear" and step.embedding == "keep":
-                reasons.append("embedding=keep")
-                continue
-            scheme = step.scheme if role in MULTIPLIED else Scheme.parse(step.embedding)
-            if checkpoint.graph is not None:
-                scheme, note = in_graph(scheme, role, step)
-            elif role == "linear" and why != OUTSIDE:
-                scheme = corrected(self.steps, name, scheme, shape)
-            try:
-                scheme.scales_per_row(shape[-1])
-            except BadInput as error:
-                if role not in MULTIPLIED:
-                    reasons.append(str(error))
-                    continue
-                raise BadInput(f"{name}: {error}") from error
-            scale_bytes = 4 if scheme.bits > 4 or not step.portable else 2
-            after = scheme.bytes(shape, scale_bytes)
-            notes: tuple[str, ...] = ()
-            if checkpoint.graph is not None:
-                notes = (note,) if note else ()
-            elif role != "linear":
-                after = 2 * torch.Size(shape).numel()  # what transformers can load is float: exact values in fp16
-                notes = (f"{scheme}, rounded to nearest; held in the checkpoint as fp16 of exactly these values",)
-            elif step.calibrated and why == OUTSIDE:
-                notes = ("outside of the blocks: rounded to nearest, without data",)
-            else:
-                notes = tuple(
-                    f"{word} by step {j + 1} ({other.method})"
-                    for word, gait in (
-                        ("smoothed", "smooth"), ("corrected", "correct"), ("codes learned", "fit"), ("tuned", "tune"),
-                    )  # fmt: skip
-                    for j, other in enumerate(self.steps)
-                    if hasattr(other, gait) and other.wants(name) and (i != j or gait == "smooth")
-                )
-            return dataclasses.replace(row, scheme=scheme, step=i, reason="", after=after, notes=notes)
-        return dataclasses.replace(row, reason="; ".join(reasons))
-
-
-MULTIPLIED = ("linear", "convolution", "recurrent")
-QUANTIZABLE = (*MULTIPLIED, "embedding", "head")
-OUTSIDE = "outside of the blocks"
-QUANTIZED = "already quantized"
-
-
-@dataclass(frozen=True)
-class PlanRow:
-    """What will happen to one tensor.
-
-    role: "linear", "embedding", "head", "norm", "bias" or "other". scheme None: left as it is, for `reason`.
-    step: index of the pass that takes it, -1 if none. before, after: bytes in the checkpoint.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    role: str
-    scheme: Scheme | None
-    step: int
-    reason: str
-    before: int
-    after: int
-    notes: tuple[str, ...] = ()
-
-
 @dataclass
 class Plan:
-    """Every tensor of a checkpoint, with what will happen to it. Made and checked before any work."""
+    """Every tensor of a checkpoint, with what will happen to it. Made and checked before any work.
+
+    first: how many steps of the whole recipe stand before those of this plan. parts: the plans of the stages, when
+    there are several; then `rows` show what all of them do, and the engine follows the parts.
+    """
 
     checkpoint: Checkpoint
     recipe: Recipe
     rows: list[PlanRow]
     formats: tuple[str, ...] = field(default=())
+    first: int = 0
+    parts: "tuple[Plan, ...]" = ()
+
+    @classmethod
+    def joined(cls, checkpoint: Checkpoint, recipe: Recipe, plans: "list[Plan]") -> "Plan":
+        """One plan of several stages: rows of the last, with the remarks of those before and the first's bytes."""
+        rows: dict[str, PlanRow] = {}
+        for plan in plans:
+            now = {row.name: row for row in plan.rows}
+            for name, old in rows.items():
+                if name not in now and old.after:
+                    step = f"step {plan.first + 1} ({plan.recipe.steps[0].method})"
+                    now[name] = dataclasses.replace(old, after=0, reason=f"removed by {step}")
+            for name, row in now.items():
+                if name in rows:
+                    old, notes = rows[name], row.notes if row.after else ()
+                    sparsity = row.sparsity or old.sparsity
+                    row = dataclasses.replace(row, before=old.before, notes=(*old.notes, *notes), sparsity=sparsity)
+                rows[name] = row
+        return cls(checkpoint, recipe, list(rows.values()), parts=tuple(plans))
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Plan":
@@ -328,63 +352,6 @@ class Plan:
     def taken(self, step: Pass | None = None) -> list[PlanRow]:
         """Rows that will be quantized (by that pass)."""
         return [row for row in self.rows if row.scheme and (step is None or self.recipe.steps[row.step] is step)]
-
-
-def in_graph(scheme: Scheme, role: str, step: Pass) -> tuple[Scheme, str]:
-    """The scheme that a weight of an ONNX graph gets, and a remark where it is not the one asked for."""
-    if role == "linear":
-        return scheme, ""
-    row = PRESETS["W8A16"].with_group(-1)
-    if role == "convolution" and scheme.activations is not None:
-        if not scheme.activations.dynamic:
-            return scheme, ""
-        return row, f"{row}: dynamic int8 convolutions run several times slower than float on CPUs; take W8A8_STATIC"
-    if role == "recurrent" and scheme.activations is not None:
-        return row, f"no integer product of recurrent layers: {row}, computed in float"
-    return row, "" if row == scheme else f"{row} in place of {scheme}: ONNX has no blocks for a {role} weight"
-
-
-def roles(checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
-    """(name, role, reason to leave it alone or "") of every tensor, found from the module's structure on meta."""
-    if checkpoint.graph is not None:
-        return checkpoint.graph.roles()
-    module = checkpoint.skeleton()
-    inside = stack(module) + "."
-    places = checkpoint.places(module)
-    role: dict[str, tuple[str, str]] = {}
-    find_head = getattr(module, "get_output_embeddings", None)
-    head = find_head() if callable(find_head) else None
-    tables = [m for m in module.modules() if isinstance(m, torch.nn.Embedding)]
-    vocabulary = max((m.num_embeddings for m in tables), default=0)
-    for path, child in module.named_modules():
-        for leaf, _ in child.named_parameters(recurse=False):
-            name = places.get(f"{path}.{leaf}" if path else leaf)
-            if name is None:
-                continue
-            if isinstance(child, torch.nn.Embedding):
-                large = child.num_embeddings == vocabulary
-                found = ("embedding", "") if large else ("other", "a small table of positions or types")
-            elif child is head:
-                found = ("head", "") if leaf == "weight" else ("bias", "biases stay float")
-            elif isinstance(child, torch.nn.Linear) and leaf == "weight":
-                found = ("linear", "" if path.startswith(inside) else OUTSIDE)
-            elif leaf == "bias":
-                found = ("bias", "biases stay float")
-            elif "norm" in type(child).__name__.lower():
-                found = ("norm", "norms stay float")
-            else:
-                found = ("other", f"a parameter of {type(child).__name__}: only Linear and Embedding are quantized")
-            if name not in role or role[name][0] == "head":
-                role[name] = found
-    out = []
-    for name in checkpoint.names():
-        kind, why = role.get(name, ("other", "not a parameter of the module"))
-        if kind in QUANTIZABLE and checkpoint.scheme(name) is not None:
-            why = QUANTIZED
-        if "pooler" in name and kind == "linear":
-            kind, why = "other", "the pooler is not used by this task"
-        out.append((name, kind, why))
-    return out
 
 
 def static_activations(scheme: Scheme | None) -> bool:

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from wherry.engine.tune import distance
-from wherry.journal import Journal
+from wherry.journal import Units
 from wherry.recipe import Plan, PlanRow, Progress
 from wherry.scheme import Scheme
 
 Batch = dict[str, np.ndarray]
 
 
-def run(plan: Plan, journal: Journal, batches: list[Batch], progress: Progress) -> None:
+def run(plan: Plan, journal: Units, batches: list[Batch], progress: Progress) -> None:
     """Let every `assign` pass choose the schemes of the linear weights that it wants; the plan's rows change."""
     for number, step in enumerate(plan.recipe.steps):
         if not hasattr(step, "assign"):

@@ -12,7 +12,7 @@ import torch
 
 from wherry.engine.unit import Unit, fact, original, store
 from wherry.formats import compressed_tensors
-from wherry.journal import Journal
+from wherry.journal import Units
 from wherry.ops.latent import Latent, relative_error
 from wherry.recipe import Plan, PlanRow
 from wherry.scheme import QTensor
@@ -22,7 +22,7 @@ Batch = dict[str, np.ndarray]
 
 
 def run(
-    plan: Plan, journal: Journal, units: list[Unit], finished: list[TensorFile], batches: list[Batch]
+    plan: Plan, journal: Units, units: list[Unit], finished: list[TensorFile], batches: list[Batch]
 ) -> list[TensorFile]:
     """Do every `tune` pass on what the walk has finished. Returns the new units."""
     checkpoint, rows = plan.checkpoint, {row.name: row for row in plan.rows}
@@ -96,7 +96,7 @@ def distance(
 
 
 def write(
-    plan: Plan, journal: Journal, unit: Unit, held: dict[str, Any], facts: dict[str, Any], notes: list[str]
+    plan: Plan, journal: Units, unit: Unit, held: dict[str, Any], facts: dict[str, Any], notes: list[str]
 ) -> TensorFile:
     """One unit again, with what tuning made of it."""
     tensors, found = {}, []

@@ -6,6 +6,7 @@ digest for each weight; `assemble` streams all units into the final folder.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from wherry import cargo, tensorfile
 from wherry.checkpoint import INDEX, Checkpoint, natural, stack
 from wherry.errors import Corrupt
 from wherry.formats import compressed_tensors
-from wherry.journal import Journal
+from wherry.journal import Units
 from wherry.ops import grid
 from wherry.recipe import Plan, PlanRow
 from wherry.scheme import QTensor
@@ -90,16 +91,27 @@ def fact(row: PlanRow, original: torch.Tensor, result: torch.Tensor | QTensor, n
     """What the manifest says of one weight: relative error and digest of what it decodes to."""
     decoded = result.decode() if isinstance(result, QTensor) else result.float()
     original = original.float()
+    more: dict[str, Any] = {}
+    if row.step >= 0 and not isinstance(result, QTensor):
+        more["sparsity"] = zeros(decoded)
+        if bool(((decoded != original) & (decoded != 0)).any()):  # what stays was changed too
+            more["moved"] = "pruning"
     norm = float(original.norm())
     error = float((decoded - original).norm()) / norm if norm else 0.0
     return {
         "name": row.name, "shape": list(row.shape), "role": row.role, "step": row.step, "reason": row.reason,
         "scheme": str(row.scheme) if row.scheme else None, "before": row.before, "after": row.after,
         "notes": [*row.notes, *notes], "error": float(f"{error:.6g}"), "digest": digest(decoded),
-    }  # fmt: skip
+    } | more  # fmt: skip
 
 
-def assemble(plan: Plan, journal: Journal, done: list[TensorFile], folder: Path) -> list[dict[str, Any]]:
+def zeros(weight: torch.Tensor) -> float:
+    """Share of a weight that is exactly 0, to 6 digits, rounded down."""
+    count = weight.numel() - int(torch.count_nonzero(weight))
+    return math.floor(1e6 * count / max(weight.numel(), 1)) / 1e6
+
+
+def assemble(plan: Plan, journal: Units, done: list[TensorFile], folder: Path) -> list[dict[str, Any]]:
     """Stream finished units into a Hugging Face folder: weights, config, tokenizer. Returns the plan as facts.
 
     Memory: one chunk of 16 MiB. Disk: the weights once more, until the journal is removed.
@@ -140,10 +152,10 @@ def assemble(plan: Plan, journal: Journal, done: list[TensorFile], folder: Path)
     if checkpoint.tied:
         left.append("lm_head")
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    config["quantization_config"] = compressed_tensors.quantization_config(schemes, left)
+    if any(row.scheme for row in plan.rows):
+        config["quantization_config"] = compressed_tensors.quantization_config(schemes, left)
     tensorfile.write_pieces(folder / "config.json", [json.dumps(config, indent=2, sort_keys=True).encode()])
     cargo.beside(checkpoint.path, checkpoint.task, folder)
-    tensorfile.write_pieces(folder / "recipe.yaml", [plan.recipe.to_yaml().encode()])
     return facts
 
 

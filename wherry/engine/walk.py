@@ -16,12 +16,12 @@ import torch
 
 from wherry import tensorfile
 from wherry.checkpoint import put
-from wherry.engine import assign, stream, tune
+from wherry.engine import assign, share, stream, tune
 from wherry.engine.smooth import smooth
 from wherry.engine.unit import Unit, fact, original, round_to_nearest, sound, store, units
 from wherry.engine.watch import Watch, refers, watching, waves, waves_of
 from wherry.errors import Diverged
-from wherry.journal import Journal
+from wherry.journal import Units
 from wherry.ops.latent import Latent
 from wherry.recipe import Plan, PlanRow, Progress, static_activations
 from wherry.scheme import QTensor
@@ -72,13 +72,14 @@ class Flow:
             self.reference = [file.read(f"reference-{i}") for i in range(len(self.states))]
 
 
-def run(plan: Plan, journal: Journal, batches: list[Batch], progress: Progress) -> list[TensorFile]:
+def run(plan: Plan, journal: Units, batches: list[Batch], progress: Progress) -> list[TensorFile]:
     """All units in order; what the journal holds is not done again."""
     for row in plan.rows:  # a NaN is found before the first expensive minute
-        if row.scheme:
+        if row.step >= 0:
             tensor = plan.checkpoint.tensor(row.name)
             sound(row.name, tensor.scale if isinstance(tensor, QTensor) else tensor)
     assign.run(plan, journal, batches, progress)
+    share.run(plan, journal, batches, progress)
     outside, *blocks = units(plan)
     total = len(blocks) + 1
     progress(0, total, "outside of the blocks")
@@ -143,7 +144,7 @@ def enter(plan: Plan, module: torch.nn.Module, first: Unit, batches: list[Batch]
 
 @torch.no_grad()
 def settle(
-    plan: Plan, unit: Unit, journal: Journal, module: torch.nn.Module, flow: Flow, before: str | None
+    plan: Plan, unit: Unit, journal: Units, module: torch.nn.Module, flow: Flow, before: str | None
 ) -> TensorFile:
     """Do one block: smooth, statistics, codes, learning; then its outputs with the codes in place, to the journal."""
     block, checkpoint = module.get_submodule(unit.path), plan.checkpoint
@@ -152,9 +153,9 @@ def settle(
     rows = {row.name: row for row in unit.rows}
     for name in rows.keys() & places.keys():
         w = weights[name]
-        put(module, places[name], w.decode() if isinstance(w, QTensor) else w.float())
+        put(module, places[name], floats(w))
     inner = {name: places[name].removeprefix(f"{unit.path}.") for name in rows.keys() & places.keys()}
-    taken = [row for row in unit.rows if row.scheme]
+    taken = [row for row in unit.rows if row.step >= 0]
     layers = {row.name: block.get_submodule(inner[row.name].removesuffix(".weight")) for row in taken}
     notes: dict[str, list[str]] = {row.name: [] for row in unit.rows}
     moved = smooth(plan, rows, block, inner, layers, flow, notes)
@@ -175,7 +176,7 @@ def settle(
             w = weights[name]
             assert not isinstance(w, QTensor)
             results[name] = q = solve(plan, rows[name], w, watch, notes[name])
-            put(module, places[name], q.decode())
+            put(module, places[name], floats(q))
     if flow.reference is not None:
         assert twin is not None
         flow.reference = [checked(out, unit) for out in flow.through(twin, flow.reference)]
@@ -249,8 +250,18 @@ def checked(x: torch.Tensor, unit: Unit) -> torch.Tensor:
     return x
 
 
-def solve(plan: Plan, row: PlanRow, w: torch.Tensor, watch: Watch, notes: list[str]) -> QTensor:
-    """Codes of one weight, with the range of its input where the scheme wants it."""
+def floats(w: torch.Tensor | QTensor) -> torch.Tensor:
+    """A weight in float32, decoded where it is stored as codes."""
+    return w.decode() if isinstance(w, QTensor) else w.float()
+
+
+def solve(plan: Plan, row: PlanRow, w: torch.Tensor, watch: Watch, notes: list[str]) -> torch.Tensor | QTensor:
+    """Codes of one weight, with the range of its input where the scheme wants it; or the weight with its zeros."""
+    if plan.recipe.steps[row.step].gait == "zeros":
+        stat = watch.stats.get(row.name)
+        if stat is None and hasattr(plan.recipe.steps[row.step], "observe"):
+            notes.append("no calibration input reached it: pruned by magnitude")
+        return stream.zeroed(plan, row, w, stat, notes)
     assert row.scheme
     step = replace(plan.recipe.steps[row.step], scheme=row.scheme)
     if not hasattr(step, "observe"):

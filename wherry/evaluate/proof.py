@@ -98,7 +98,8 @@ def structure(
         return report
     plan = {row["name"]: row for row in artifact.manifest.get("plan") or []}
     found = {
-        name: Findings() for name in ("present", "once", "quantized", "finite", "scales", "portable", "digest", "same")
+        name: Findings()
+        for name in ("present", "once", "quantized", "finite", "scales", "portable", "digest", "same", "zeros")
     }
     seen: set[str] = set()
     portable = (
@@ -139,6 +140,8 @@ def structure(
     found["digest"].add(
         report, "decodes to the plan's weights", where, f"{found['digest'].made} digests agree", no_digest
     )
+    if found["zeros"].made:
+        found["zeros"].add(report, "zeros kept", where, f"{found['zeros'].made} pruned tensors", no_plan)
     good = f"{found['same'].made} tensors: error and scale within what their schemes allow"
     found["same"].add(report, "weights of the original", where, good, "the original was not at hand (--against MODEL)")
     _size(artifact, plan, slack_bytes, report, where)
@@ -191,15 +194,25 @@ def _tensor(
     if row.get("digest"):
         found["digest"].see("" if digest(v) == row["digest"] else f"{name} decodes to other weights")
     moved = row.get("moved")  # it took scales from its neighbours, or was tuned: compared as far as that can be undone
-    w = None if original is None else np.asarray(original(name), dtype=np.float32)
+    pruned, whole = row.get("sparsity") or 0.0, not row.get("remade")  # what was remade has no weight to compare with
+    w = None if original is None or not whole else np.asarray(original(name), dtype=np.float32)
     scheme = _scheme(row)
+    if pruned:
+        share = float(1 - np.count_nonzero(v) / max(v.size, 1))
+        found["zeros"].see(f"{name} has {share:.2%} zeros, not {pruned:.2%}" if share < pruned - 1e-5 else "")
+        w = None if w is None else np.where(v == 0, np.float32(0), w)
     if scheme:
         found["quantized"].see(_name(name, weights.off_grid(v, scheme)))
         lost = weights.lost_scales(v, scheme, w)
         if lost is not None:
             found["scales"].see(f"{name}: {lost} group(s) hold one single value, the original's do not" if lost else "")
     error = row.get("error")
+    if w is not None and pruned and moved:  # what was left was moved to make up for what went
+        gap = weights.compare(w, v, None).error
+        found["same"].see("" if gap < weights.PRUNED_MOST else f"{name}: error {gap:.3g} over the weights that stayed")
+        return
     if w is not None:
+        error = None if pruned else error
         if moved and scheme is None and w.ndim < 2:
             found["same"].see(_name(name, weights.strayed(w, v, moved == "tune")))
             return

@@ -24,6 +24,7 @@ ERROR_FACTOR = 4.0  # times the error that a grid of these steps has, at most
 ERROR_FLOOR = 0.01  # of the weight's norm: scales rounded to 7 bits, fp16
 ERROR_MOST = 0.95  # above it nothing of the original is left
 FLOAT_ERROR = 2.0**-8  # rounding to bfloat16
+PRUNED_MOST = 0.9  # of the weights that stay, where SparseGPT moved them or they were trained again; swapped: 1.4
 TUNED_MOST = 0.5  # of a norm's length: the rates of tuning move it by a few hundredths
 SLOPE_UP, SLOPE_UP_E2 = 0.004, 0.02  # slope above that of rounding: constant, and per squared error
 SLOPE_DOWN, SLOPE_DOWN_E2 = 0.06, 1.0  # below it: least squares gives 1 - e^2, a searched range clips more

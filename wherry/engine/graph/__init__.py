@@ -16,11 +16,15 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from wherry import cargo, tensorfile
+from wherry import cargo
 from wherry.artifact import Artifact
+from wherry.checkpoint import Checkpoint
+from wherry.engine import share
 from wherry.engine.graph import bias, draw, observe
 from wherry.engine.graph.place import PRODUCTS, Places, place
-from wherry.engine.unit import fact
+from wherry.engine.stream import zeroed
+from wherry.engine.unit import fact, sound
+from wherry.errors import Diverged
 from wherry.graph import edit, tidy, whole
 from wherry.graph.source import Graph, Layer, constant, extents
 from wherry.ops import grid
@@ -32,8 +36,10 @@ FAR, FAR_FLOOR = 3.0, 0.01  # error of a solved weight, times that of rounding: 
 ROWS_MOST = 1 << 14  # rows of one batch that a statistic is given, drawn evenly: patches repeat themselves
 
 
-def deliver(plan: Plan, batches: list[dict[str, np.ndarray]], result: Path, progress: Progress) -> Artifact:
-    """Quantize by the plan, write a folder, check it at once, seal it.
+def quantize(
+    plan: Plan, batches: list[dict[str, np.ndarray]], result: Path, progress: Progress
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Quantize by the plan, write a folder, check it at once: facts of its tensors, and the checks.
 
     Raises:
         Diverged: the file did not pass its checks. BadInput: data that do not fit the graph.
@@ -44,8 +50,71 @@ def deliver(plan: Plan, batches: list[dict[str, np.ndarray]], result: Path, prog
     progress(1, 1, "reload and compare")
     checks = whole.checks(result / "model.onnx", checkpoint.graph.path, batches, integer)
     cargo.beside(checkpoint.path, checkpoint.task, result)
-    tensorfile.write_pieces(result / "recipe.yaml", [plan.recipe.to_yaml().encode()])
-    return Artifact.seal(result, **whole.manifest(checkpoint, facts, checks) | {"recipe": str(plan.recipe)})
+    return facts, checks
+
+
+def prune(plan: Plan, batches: list[dict[str, np.ndarray]], result: Path, progress: Progress) -> list[dict[str, Any]]:
+    """Zero weights of the float graph by the plan, and write it as a graph's folder; facts of its tensors."""
+    checkpoint = plan.checkpoint
+    result.mkdir(exist_ok=True, parents=True)
+    for row in plan.rows:
+        if row.step >= 0:
+            sound(row.name, checkpoint.weight(row.name))
+    share.run(plan, None, batches, progress)
+    source: Graph = checkpoint.graph.copy()
+    rows = {row.name: row for row in plan.rows if row.step >= 0}
+    watched = {name: step for name, row in rows.items() if hasattr(step := plan.recipe.steps[row.step], "observe")}
+    stats: dict[str, Any] = {}
+    if watched:
+        float_file = result / "float.onnx"
+        edit.write(source.model, float_file)
+        stats = statistics(float_file, source, watched, batches, progress)
+        for file in (float_file, float_file.with_name(float_file.name + ".data")):
+            file.unlink(missing_ok=True)
+    facts = []
+    for i, row in enumerate(plan.rows):
+        w, notes = source.read(row.name), list[str]()
+        assert isinstance(w, torch.Tensor)
+        result_w = w
+        if row.name in rows:
+            progress(i, len(plan.rows), row.name)
+            if row.name in watched and row.name not in stats:
+                notes.append("its inputs differ from row to row, or none reached it: pruned by magnitude")
+            result_w = zeroed(plan, row, w, stats.get(row.name), notes)
+            layer = source.layers[row.name]
+            shape = extents(layer.value)
+            array = layer.stored(result_w.numpy(), shape).astype(constant(layer.value).dtype)
+            layer.value.const_value = ir.tensor(array, name=row.name)
+        facts.append(fact(row, w, result_w, notes))
+    edit.write(source.model, result / "model.onnx")
+    cargo.beside(checkpoint.path, checkpoint.task, result)
+    return facts
+
+
+def compared(given: Checkpoint, result: Path, batches: list[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+    """How far the outputs of a pruned or remade graph are from those of the graph before: a figure without a limit.
+
+    Raises Diverged where they are not finite.
+    """
+    made = Checkpoint.open(result)
+    example = Artifact(result, {"inputs": whole.inputs_of(result / "model.onnx")}).example
+    feeds = batches[: whole.CHECKED] or [example(1), example(3)]
+    one, other = whole.session(given.graph.path), whole.session(made.graph.path)
+    wanted = [value.name for value in one.get_inputs()]
+    far = max(
+        whole.difference(one.run(None, given_), other.run(None, given_))
+        for given_ in ({name: batch[name] for name in wanted} for batch in feeds)
+    )
+    if not np.isfinite(far):
+        raise Diverged(f"{given.name}: after the recipe an output is NaN or infinite")
+    kind = "real" if batches else "random"
+    return [whole.check("relative difference", far, "", None, f"graph before || graph after, {kind} inputs")]
+
+
+def described(given: Checkpoint, result: Path, checks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest's facts of a finished folder."""
+    found = whole.manifest(given, [], checks)
+    return found | {"inputs": whole.inputs_of(result / "model.onnx")}
 
 
 def run(
@@ -140,18 +209,27 @@ def calibrate(
     seen = observe.observe(file, places.names(), batches, observers != {"minmax"}, means, progress)
     stats: dict[str, Any] = {}
     if watched:
-        edges = {name: edge_of(source.layers[name].node) for name in watched
-                 if source.layers[name].role in ("linear", "convolution")}  # fmt: skip
-        session, names = observe.exposing(file, list(edges.values()))
-        for i, batch in enumerate(batches):
-            progress(i, len(batches), "statistics")
-            values = dict(zip(names, observe.run(session, names, batch), strict=True))
-            for name, edge in edges.items():
-                x = patches(torch.from_numpy(np.ascontiguousarray(values[edge])), source.layers[name])
-                step: Any = watched[name]
-                if x is not None:
-                    stats[name] = step.observe(stats.get(name), x)
+        stats = statistics(file, source, watched, batches, progress)
     return seen, stats
+
+
+def statistics(
+    file: Path, source: Graph, watched: dict[str, Pass], batches: list[dict[str, np.ndarray]], progress: Progress
+) -> dict[str, Any]:
+    """What the passes gather of each weight's inputs."""
+    stats: dict[str, Any] = {}
+    edges = {name: edge_of(source.layers[name].node) for name in watched
+             if source.layers[name].role in ("linear", "convolution")}  # fmt: skip
+    session, names = observe.exposing(file, list(edges.values()))
+    for i, batch in enumerate(batches):
+        progress(i, len(batches), "statistics")
+        values = dict(zip(names, observe.run(session, names, batch), strict=True))
+        for name, edge in edges.items():
+            x = patches(torch.from_numpy(np.ascontiguousarray(values[edge])), source.layers[name])
+            step: Any = watched[name]
+            if x is not None:
+                stats[name] = step.observe(stats.get(name), x)
+    return stats
 
 
 def patches(x: torch.Tensor, layer: Layer) -> torch.Tensor | None:

@@ -19,7 +19,7 @@ FLOORS = {
     "errors": 0, "shelf": 0,
     "scheme": 1, "levels": 1, "report": 1, "ops": 1, "tensorfile": 1, "locate": 1, "image": 1, "audio": 1,
     "table": 1, "label": 1,
-    "checkpoint": 2, "artifact": 2, "task": 2,
+    "checkpoint": 2, "artifact": 2, "task": 2, "knobs": 2,
     "cargo": 3, "gait": 3, "graph": 3, "recipe": 3, "session": 3, "writer": 3, "packed": 3, "data": 3, "journal": 3,
     "objective": 3, "roles": 3, "rows": 3,
     "quant": 4, "prune": 4, "formats": 4, "distill": 4, "capture": 4,

@@ -21,14 +21,14 @@ import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import torch
 
+from wherry import knobs
 from wherry.errors import BadInput
 from wherry.ops import grid, sparse
 from wherry.scheme import PRESETS, QTensor, Scheme
-from wherry.shelf import suggest
 
 EMBEDDING = "W8A16,group_size=32"
 SEEING = ("observe", "smooth", "correct", "fit", "tune", "assign")
@@ -103,12 +103,7 @@ class Pass:
         return type(self).__name__.lower()
 
     def __str__(self) -> str:
-        knobs, names = [], self.knobs()
-        for item in (item for item in dataclasses.fields(self) if item.name in names):
-            value = getattr(self, item.name)
-            if (item.name == "scheme" and self.solves) or value != item.default:
-                knobs.append(f"{item.name}={';'.join(value) if isinstance(value, tuple) else value}")
-        return f"{self.method}:{','.join(knobs)}".rstrip(":")
+        return knobs.spell(self, self.knobs(), ("scheme",) if self.solves else ())
 
 
 def corrected(steps: tuple[Pass, ...], name: str, scheme: Scheme, shape: tuple[int, ...]) -> Scheme:
@@ -179,28 +174,3 @@ def matches(pattern: str, name: str) -> bool:
         except re.error as error:
             raise BadInput(f"'{pattern}' is not a regular expression: {error}") from error
     return pattern in (layer, name) or layer.endswith(f".{pattern}")
-
-
-def coerce(method: str, name: str, value: Any, kind: Any) -> Any:
-    """A knob's value as the type that its field declares."""
-    if kind is Scheme:
-        return Scheme.parse(str(value))
-    if kind is bool:
-        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if str(value).lower() in words:
-            return words[str(value).lower()]
-        raise BadInput(f"{method}: {name}={value} is not true or false")
-    if kind in (int, float):
-        try:
-            return kind(value)
-        except (ValueError, TypeError) as error:
-            raise BadInput(
-                f"{method}: {name}={value} is not {'a whole number' if kind is int else 'a number'}"
-            ) from error
-    if get_origin(kind) is Literal and str(value) not in get_args(kind):
-        raise BadInput(
-            f"{method}: {name}={value} is none of {', '.join(get_args(kind))}{suggest(str(value), get_args(kind))}"
-        )
-    if get_args(kind)[:1] == (str,):
-        return tuple(value) if isinstance(value, list | tuple) else tuple(str(value).split(";"))
-    return str(value)

@@ -19,17 +19,15 @@ at the same place ought to say, IGNORE where nothing.
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 import torch
 
 from wherry import shelf
 from wherry.errors import BadInput, Unsupported
-from wherry.gait import coerce
-from wherry.shelf import suggest
+from wherry.knobs import spell, split, values
 
 IGNORE = -100  # a target that does not count
 GAITS = ("loss", "penalty", "prepare", "after", "finish", "sample")
@@ -57,10 +55,7 @@ class Step:
         return type(self).__name__.lower()
 
     def __str__(self) -> str:
-        changed = [(item.name, getattr(self, item.name)) for item in dataclasses.fields(self)
-                   if getattr(self, item.name) != item.default]  # fmt: skip
-        knobs = ",".join(f"{k}={';'.join(v) if isinstance(v, tuple) else v}" for k, v in changed)
-        return f"{self.method}:{knobs}".rstrip(":")
+        return spell(self, [item.name for item in dataclasses.fields(self)])
 
 
 def build(method: str, knobs: Mapping[str, Any]) -> Step:
@@ -72,18 +67,7 @@ def build(method: str, knobs: Mapping[str, Any]) -> Step:
     kind = shelf.load("distill", method)
     if not issubclass(kind, Step):
         raise Unsupported(f"{method} is a step of compression recipes, not of training: wherry compress --recipe")
-    hints, known = get_type_hints(kind), [item.name for item in dataclasses.fields(kind)]
-    knobs = dict(knobs)
-    size = knobs.pop("group_size", None) if "group_size" not in known and "scheme" in known else None
-    values: dict[str, Any] = {}
-    for name, value in knobs.items():
-        if name not in known:
-            raise BadInput(f"{method} has no knob '{name}'{suggest(name, known)}; it has: {', '.join(known)}")
-        values[name] = coerce(method, name, value, hints[name])
-    if size is not None:
-        scheme = values.get("scheme", next(f.default for f in dataclasses.fields(kind) if f.name == "scheme"))
-        values["scheme"] = scheme.with_group(coerce(method, "group_size", size, int))
-    return kind(**values)
+    return kind(**values(kind, method, knobs, [item.name for item in dataclasses.fields(kind)]))
 
 
 @dataclass(frozen=True)
@@ -101,19 +85,7 @@ class Objective:
 
         Raises BadInput or Unsupported, naming what is wrong and the nearest that is right.
         """
-        steps = []
-        for part in text.split("|"):
-            method, _, rest = part.strip().partition(":")
-            if not method:
-                raise BadInput(f"recipe '{text}' has an empty step; write STEP:knob=value,knob=value")
-            knobs = {}
-            for item in filter(None, re.split(r",(?=[A-Za-z_]\w*=)", rest)):
-                key, equals, value = item.partition("=")
-                if not equals:
-                    raise BadInput(f"recipe '{text}': '{item}' is not knob=value")
-                knobs[key.strip()] = value.strip()
-            steps.append(build(method.strip(), knobs))
-        made = cls(tuple(steps))
+        made = cls(tuple(build(method, knobs) for method, knobs in split(text, "STEP")))
         if not made.losses:
             raise BadInput(f"recipe '{text}' has no loss to learn from: add ce, or kl with a teacher")
         return made

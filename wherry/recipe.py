@@ -13,11 +13,10 @@ before a solver in the same block, `fit` after it; `tune` comes last, with the w
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 import yaml
@@ -26,8 +25,8 @@ from wherry import shelf
 from wherry.checkpoint import Checkpoint
 from wherry.errors import BadInput, Unsupported
 from wherry.gait import Pass as Pass
-from wherry.gait import coerce
 from wherry.gait import matches as matches
+from wherry.knobs import split, values
 from wherry.roles import QUANTIZABLE, QUANTIZED
 from wherry.roles import roles as roles
 from wherry.rows import PlanRow as PlanRow
@@ -58,22 +57,7 @@ def build(method: str, knobs: dict[str, Any]) -> Pass:
         Unsupported: no such method; BadInput: no such knob, or a value of the wrong type.
     """
     made_of = kind(method)
-    hints, known = get_type_hints(made_of), made_of.knobs()
-    knobs = dict(knobs)
-    codes = "scheme" in known
-    options = [(key, knobs.pop(key)) for key in ("group_size", "scale") if key in knobs and codes]
-    values: dict[str, Any] = {}
-    for name, value in knobs.items():
-        if name not in known:
-            near, every = suggest(str(name), [*known, "group_size"]), ", ".join(known)
-            also = "group_size, scale, " if codes else ""
-            raise BadInput(f"{method} has no knob '{name}'{near}; it has: {also}{every}")
-        values[name] = coerce(method, name, value, hints[name])
-    for key, value in options:
-        scheme = values.get("scheme", next(f.default for f in dataclasses.fields(made_of) if f.name == "scheme"))
-        sized = key == "group_size"
-        values["scheme"] = scheme.with_group(coerce(method, key, value, int)) if sized else scheme.with_scale(value)
-    made = made_of(**values)
+    made = made_of(**values(made_of, method, knobs, made_of.knobs()))
     if made.embedding != "keep":
         Scheme.parse(made.embedding)
     return made
@@ -110,17 +94,8 @@ class Recipe:
         if text.endswith((".yaml", ".yml")):
             return cls.from_yaml(Path(text))
         steps: list[Pass] = []
-        for part in text.split("|"):
-            method, _, rest = part.strip().partition(":")
-            if not method:
-                raise BadInput(f"recipe '{text}' has an empty step; write METHOD:knob=value,knob=value")
-            knobs = {}
-            for item in filter(None, re.split(r",(?=[A-Za-z_]\w*=)", rest)):
-                key, equals, value = item.partition("=")
-                if not equals:
-                    raise BadInput(f"recipe '{text}': '{item}' is not knob=value")
-                knobs[key.strip()] = value.strip()
-            steps += expand(build(method.strip(), knobs))
+        for method, knobs in split(text, "METHOD"):
+            steps += expand(build(method, knobs))
         return cls(tuple(steps))
 
     @classmethod

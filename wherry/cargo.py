@@ -33,11 +33,28 @@ def beside(folder: Path, task: Task, out: Path) -> None:
     (out / "task.json").write_text(text, encoding="utf8")
 
 
+def cache(config: dict[str, Any]) -> str:
+    """How a configuration says that keys and values are kept: "int8", "int4", another's word, or "" for floats."""
+    words = (config.get("quantization_config") or {}).get("kv_cache_scheme")
+    if not isinstance(words, dict):
+        return ""
+    kind = {"int": "int", "float": "fp"}.get(str(words.get("type", "int")), "?")
+    own = words.get("dynamic") is True and words.get("strategy") == "group"
+    return f"{kind}{words.get('num_bits', '?')}" + ("" if kind == "int" and own else f" per {words.get('strategy')}")
+
+
+def unread(config: dict[str, Any], runtime: str) -> str:
+    """A remark for a format whose runtime keeps the cache in floats, or ""."""
+    kept = cache(config)
+    return f"kv cache {kept} is recorded, but {runtime} does not read it: keys and values stay float" if kept else ""
+
+
 def facts(checkpoint: "Checkpoint", form: str, main: str) -> dict[str, Any]:
     """The manifest's facts that every format has. form: its name on the shelf; main: the file that is opened."""
     from wherry import __version__
 
-    return {
+    kept = cache(checkpoint.config)
+    return ({"kv_cache": kept} if kept else {}) | {
         "wherry": __version__, "format": form, "main": main, "task": checkpoint.task.to_dict(),
         "model": checkpoint.name, "recipe": checkpoint.recipe, "source": checkpoint.origin,
         "license": checkpoint.license, "params": checkpoint.params, "plan": checkpoint.plan,

@@ -62,7 +62,8 @@ def check(layout: Layout, plan: Plan) -> dict[str, str]:
     for row in plan.taken():
         if row.step >= 0 and not plan.recipe.steps[row.step].portable:
             raise Unsupported(f"{layout.name} holds scales as float16: leave portable=false out of the recipe")
-    return {}
+    said = cargo.unread(plan.config, f"the {layout.name} folder")
+    return {plan.rows[0].name: said} if said else {}
 
 
 def save(

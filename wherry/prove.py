@@ -92,6 +92,10 @@ def prove(
             stack.callback(session.close)
             sessions[item.where] = session
             _facts(report, session, item.where)
+            kept = item.artifact.manifest.get("kv_cache")
+            if kept and "kv cache" not in session.facts:
+                note = f"{kept} is recorded, and {item.runtime} does not read it: keys and values stay float"
+                report.add("kv cache", item.where, "float", note=note)
         reference = None
         if original is not None:
             name = "torch" if original.graph is None else "onnxruntime"
@@ -140,6 +144,12 @@ def _text(
                 note = "between this runtime and torch, with the same weights: what its arithmetic adds"
                 report.rows.append(replace(row, what=f"{row.what} to the checkpoint", note=note))
     for item in items:
+        if kept := sessions[item.where].facts.get("kv cache"):
+            plain = shelf.find("runtimes", item.runtime).load(item.artifact, cache="float")
+            found = drift.compare_all(plain, {item.where: scored[item.where]}, windows.tolist(), progress=progress)
+            plain.close()
+            row = next(row for row in found if row.what == "kl")
+            report.rows.append(replace(row, what="kl of the kv cache", note=f"{kept} against floats, same weights"))
         report.extend(proof.behaviour(report, item.where, *limits))
         prompt = task.tokenizer.encode(task.chat([{"role": "user", "content": SAMPLE}]), add_special_tokens=False).ids
         answer = list(sessions[item.where].generate(prompt, Sampling(max_tokens=32, stop=task.stop)))

@@ -152,8 +152,10 @@ def assemble(plan: Plan, journal: Units, done: list[TensorFile], folder: Path) -
     if checkpoint.tied:
         left.append("lm_head")
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    if any(row.scheme for row in plan.rows):
+    kept = (checkpoint.config.get("quantization_config") or {}).get("kv_cache_scheme")
+    if kept or any(row.scheme for row in plan.rows):
         config["quantization_config"] = compressed_tensors.quantization_config(schemes, left)
+        config["quantization_config"]["kv_cache_scheme"] = kept
     tensorfile.write_pieces(folder / "config.json", [json.dumps(config, indent=2, sort_keys=True).encode()])
     cargo.beside(checkpoint.path, checkpoint.task, folder)
     return facts

@@ -20,3 +20,8 @@ def fake_quantize(
     offset = 0.0 if zero is None or scheme.dynamic else zero.float()
     code = torch.clamp(torch.round(x / scale + offset), scheme.qmin, scheme.qmax)
     return (code - offset) * scale
+
+
+def cached(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """Keys or values [..., tokens, d] as a cache of integers gives them back, a scale for `group` neighbours of d."""
+    return fake_quantize(x.unflatten(-1, (-1, group)), Scheme(bits, dynamic=True)).flatten(-2)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from wherry import cargo
 from wherry.artifact import Artifact
 from wherry.checkpoint import Checkpoint
 from wherry.errors import BadInput
-from wherry.ops.activation import fake_quantize
+from wherry.ops.activation import cached, fake_quantize
 from wherry.scheme import QTensor
 from wherry.session import Sampling, Score, Session, draw
 
@@ -32,14 +34,14 @@ def accepts(artifact: Artifact) -> bool:
     return artifact.format in FORMATS
 
 
-def load(artifact: Artifact, device: str = "cpu", threads: int = 0) -> Session:
-    """Load an artifact into memory, decoded to float32."""
-    return over(Checkpoint.open(artifact.path), device, threads)
+def load(artifact: Artifact, device: str = "cpu", threads: int = 0, cache: str = "recorded") -> Session:
+    """Load an artifact into memory, decoded to float32. cache: "float" keeps keys and values as they are."""
+    return over(Checkpoint.open(artifact.path), device, threads, cache)
 
 
-def over(checkpoint: Checkpoint, device: str = "cpu", threads: int = 0) -> Torch:
+def over(checkpoint: Checkpoint, device: str = "cpu", threads: int = 0, cache: str = "recorded") -> Torch:
     """A session over any checkpoint, also one that was never exported: the original, to compare with."""
-    return Torch(checkpoint, device, threads)
+    return Torch(checkpoint, device, threads, cache)
 
 
 class Torch:
@@ -47,7 +49,9 @@ class Torch:
 
     grade = "A"
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", threads: int = 0) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: str = "cpu", threads: int = 0, cache: str = "recorded"
+    ) -> None:
         if device != "cpu" and not torch.cuda.is_available():
             raise BadInput(f"--device {device}: torch sees no such device here; use cpu")
         if threads:
@@ -59,6 +63,11 @@ class Torch:
         self.limit = checkpoint.task.max_length
         self.facts = {"runtime": "torch", **available(), "threads": str(torch.get_num_threads()), "device": device}
         self.facts["format"] = "compressed_tensors" if checkpoint.plan else "safetensors"
+        self.words: dict[str, Any] = {}
+        kept = cargo.cache(checkpoint.config)
+        if cache == "recorded" and kept in ("int8", "int4"):
+            self.words = checkpoint.config["quantization_config"]["kv_cache_scheme"]
+            self.facts["kv cache"] = f"{kept}, as numbers: computed in float32"
 
     @torch.no_grad()
     def predict(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -72,7 +81,7 @@ class Torch:
         """Full logits of one window in one pass."""
         ids = torch.tensor([list(tokens)], device=self.device)
         with self.lock:
-            logits = self.module(input_ids=ids, use_cache=False).logits[0, :-1].float().cpu()
+            logits = self.module(input_ids=ids, **self._fresh()).logits[0, :-1].float().cpu()
         logprob = torch.log_softmax(logits, -1)
         top = logprob.topk(min(top_k, logprob.shape[-1]), -1)
         given = logprob.gather(1, ids[0, 1:, None].cpu())[:, 0]
@@ -82,7 +91,8 @@ class Torch:
     def generate(self, tokens: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """One token at a time with transformers' own key-value cache."""
         random = np.random.default_rng(sampling.seed)
-        ids, cache = torch.tensor([list(tokens)], device=self.device), None
+        ids = torch.tensor([list(tokens)], device=self.device)
+        cache = self._fresh().get("past_key_values")
         for _ in range(min(sampling.max_tokens, self.limit - len(tokens))):
             with self.lock:
                 out = self.module(input_ids=ids, past_key_values=cache, use_cache=True)
@@ -93,9 +103,31 @@ class Torch:
             yield token
             ids = torch.tensor([[token]], device=self.device)
 
+    def _fresh(self) -> dict[str, Any]:
+        """How the module is called without a past: with an empty cache, where one is asked for that rounds."""
+        if not self.words:
+            return {"use_cache": False}
+        return {"use_cache": True, "past_key_values": rounding_cache(self.module.config, self.words)}
+
     def close(self) -> None:
         """Free the weights."""
         del self.module
+
+
+def rounding_cache(config: Any, words: dict[str, Any]) -> Any:
+    """An empty cache of transformers that keeps keys and values as integers would give them back."""
+    from transformers import DynamicCache
+
+    bits, group = int(words["num_bits"]), int(words["group_size"])
+
+    class Rounded(DynamicCache):  # type: ignore[misc]
+        """Rounds on the way in."""
+
+        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **options: Any) -> Any:
+            kept = (cached(states, bits, group) for states in (key_states, value_states))
+            return super().update(*kept, *args, **options)
+
+    return Rounded(config=config)
 
 
 def quantize_inputs(module: torch.nn.Module, checkpoint: Checkpoint) -> None:

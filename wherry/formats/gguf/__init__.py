@@ -72,13 +72,12 @@ def decode(artifact: Artifact) -> Iterator[tuple[str, np.ndarray]]:
 def command(artifact: Artifact) -> list[str]:
     """Copy-paste lines that load the result."""
     file = artifact.main
-    adapter = artifact.manifest.get("adapter")
-    if adapter:  # a low-rank correction is part of the model
-        path = file.with_name(adapter)
-        return [
-            f"llama-server -m {file} --lora {path} --port 8080",
-            f"wherry serve {artifact.path}",
-        ]
+    adapter, kept = artifact.manifest.get("adapter"), artifact.manifest.get("kv_cache")
+    more = f" --lora {file.with_name(adapter)}" if adapter else ""  # a low-rank correction is part of the model
+    if kind := {"int8": "q8_0", "int4": "q4_0"}.get(kept or ""):
+        more += f" --cache-type-k {kind} --cache-type-v {kind} --flash-attn on"
+    if more:
+        return [f"llama-server -m {file}{more} --port 8080", f"wherry serve {artifact.path}"]
     model = re.sub(r"[^a-z0-9._-]+", "-", artifact.name.lower()).strip("-.") or "model"
     return [
         f"llama-server -m {file} --port 8080",

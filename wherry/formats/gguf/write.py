@@ -32,6 +32,7 @@ from wherry.ops import kquant
 from wherry.recipe import Plan, Progress
 from wherry.scheme import QTensor
 
+CACHES = {"int8": "q8_0", "int4": "q4_0"}  # kv cache: what llama.cpp calls it
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 VALUES = {int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
 FILE_TYPES = {
@@ -73,6 +74,16 @@ def check(plan: Plan) -> dict[str, str]:
     window = config.get("sliding_window")
     if window and config.get("use_sliding_window", True) and window < config.get("max_position_embeddings", 0):
         made.notes.append(f"llama.cpp's {arch} has no sliding window: equal to the original up to {window} tokens")
+    kept = cargo.cache(config)
+    if kept in CACHES:
+        if heads(config)[2] % BLOCK:
+            raise Unsupported(
+                f"llama.cpp keeps {kept} keys in blocks of {BLOCK}, which do not divide heads of {heads(config)[2]}; "
+                "leave kvcache out"
+            )
+        made.notes.append(f"kv cache {kept}: llama.cpp's {CACHES[kept]}, recorded as wherry.kv_cache")
+    elif kept:
+        made.notes.append(f"kv cache {kept} is recorded, but llama.cpp has no such cache: it keeps floats")
     if made.notes:
         name = next(name for name in names if name in {row.name for row in plan.rows})
         notes[name] = "; ".join(filter(None, [notes.get(name, ""), *made.notes]))
@@ -107,6 +118,8 @@ def save(checkpoint: Checkpoint, out: Path, progress: Progress) -> Artifact:
     if thin:
         adapter.write(checkpoint, arch, names, out / thin)
         writer.add_string(adapter.KEY, thin)
+    if kept := cargo.cache(checkpoint.config):
+        writer.add_string("wherry.kv_cache", kept)
     made = vocabulary(checkpoint.path, _rows(checkpoint))
     for key, value in metadata_of(arch, checkpoint.config, len(made.tokens)).items():
         writer.add_key_value(key, value, VALUES[type(value)])

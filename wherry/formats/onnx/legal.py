@@ -1,5 +1,6 @@
 """What a plan may ask of ONNX Runtime on a CPU: found before any work, with the nearest that works."""
 
+from wherry.cargo import unread
 from wherry.errors import Unsupported
 from wherry.graph.blocks import block_size, container
 from wherry.recipe import Plan, PlanRow
@@ -25,7 +26,11 @@ def check(plan: Plan) -> dict[str, str]:
     generator = plan.task.kind == "text-generation"
     if generator:
         architecture(plan.config)
-    return {row.name: note for row in plan.taken() if (note := tensor(row, generator))}
+    notes = {row.name: note for row in plan.taken() if (note := tensor(row, generator))}
+    if said := unread(plan.config, "ONNX Runtime"):
+        name = plan.rows[0].name
+        notes[name] = "; ".join(filter(None, [notes.get(name, ""), said]))
+    return notes
 
 
 def graph(plan: Plan) -> dict[str, str]:

@@ -42,7 +42,10 @@ def accepts(artifact: Artifact) -> bool:
     return artifact.format == "gguf" and artifact.manifest["task"]["kind"] == "text-generation"
 
 
-def load(artifact: Artifact, device: str = "cpu", threads: int = 0, context: int = 0, api: str = "auto") -> Session:
+def load(
+    artifact: Artifact, device: str = "cpu", threads: int = 0, context: int = 0, api: str = "auto",
+    cache: str = "recorded",
+) -> Session:  # fmt: skip
     """Check the file's header, then load it.
 
     Args:
@@ -50,6 +53,7 @@ def load(artifact: Artifact, device: str = "cpu", threads: int = 0, context: int
         device: "cpu"; this wheel has no other.
         threads: 0 = all cores that this process may use.
         context: tokens that a call may hold, prompt and answer together; 0 = the model's limit, at most 4096.
+        cache: "recorded" = keys and values are kept as the artifact says; "float" = in fp16, llama.cpp's default.
         api: "auto" = direct where it works, else server; "direct" or "server" insists.
 
     Raises:
@@ -69,7 +73,9 @@ def load(artifact: Artifact, device: str = "cpu", threads: int = 0, context: int
     most = int(header.metadata.get(f"{header.arch}.context_length", 0))
     context = context or min(most or CONTEXT, CONTEXT)
     threads = threads or cores()
-    reason = direct.unusable() if api != "server" else "asked for"
+    kept = str(artifact.manifest.get("kv_cache") or header.metadata.get("wherry.kv_cache", ""))
+    kind = direct.CACHES.get(kept, "") if cache == "recorded" else ""
+    reason = direct.unusable(bool(kind)) if api != "server" else "asked for"
     if reason and api == "direct":
         raise Unsupported(f"xllamacpp {xllamacpp.__version__} cannot be called directly: {reason}; use api=server")
     facts = {
@@ -79,7 +85,9 @@ def load(artifact: Artifact, device: str = "cpu", threads: int = 0, context: int
     thin = adapter.beside(header)
     if thin is not None:
         facts["adapter"] = thin.name
-    return (server.Server if reason else direct.Direct)(header, threads, context, facts, thin)
+    if kind:
+        facts["kv cache"] = kind
+    return (server.Server if reason else direct.Direct)(header, threads, context, facts, thin, kind)
 
 
 def cores() -> int:

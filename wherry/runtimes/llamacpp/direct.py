@@ -23,6 +23,9 @@ BATCH = 512  # tokens of one llama_decode
 ROWS = 128  # tokens whose logits are held inside of llama.cpp at once
 WORDS = 512  # of an opaque structure, 4 bytes each; the real ones have fewer than 100
 DEFAULTS = [512, 2048, 512, 1]  # n_ctx, n_batch, n_ubatch, n_seq_max, as llama_context_default_params has them
+FLASH, TYPE_K, TYPE_V = 13, 26, 27  # words of llama_context_params: flash_attn_type, type_k, type_v
+AUTO, F16, TYPES = 2**32 - 1, 1, {"q8_0": 8, "q4_0": 2}  # -1; of ggml_type
+CACHES = {"int8": "q8_0", "int4": "q4_0"}
 ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 
@@ -88,8 +91,8 @@ def library() -> c.CDLL:
 
 
 @cache
-def unusable() -> str:
-    """Why this wheel's C functions must not be called, or an empty string."""
+def unusable(typed: bool = False) -> str:
+    """Why this wheel's C functions must not be called, or an empty string. typed: types of the cache are set too."""
     try:
         lib = library()
     except (AttributeError, OSError) as error:
@@ -97,6 +100,9 @@ def unusable() -> str:
     words = list(lib.llama_context_default_params().word[: len(DEFAULTS)])
     if words != DEFAULTS:
         return f"default parameters begin with {words}, not with {DEFAULTS}"
+    words = list(lib.llama_context_default_params().word)
+    if typed and (words[FLASH - 3 : FLASH + 1] != [AUTO] * 4 or words[TYPE_K - 1 : TYPE_V + 2] != [0, F16, F16, 0]):
+        return "the types of the cache are not where they were"
     one = (c.c_int32 * 3)(5, 6, 7)
     batch = lib.llama_batch_get_one(one, 3)
     empty = not any((batch.embd, batch.pos, batch.n_seq_id, batch.seq_id, bool(batch.logits)))
@@ -110,6 +116,7 @@ class Direct(NoPredict):
     """One model and one context. Thread-safe: each decoding step is a turn; a call that was interrupted by another
     one's steps computes its own prompt again.
 
+    cache: type of block for keys and values, or "" for llama.cpp's fp16.
     adapter: of a low-rank correction, a file that is added to the weights; None = none.
     reuse: keep what two calls of `generate` have in common at their beginning (a conversation that goes on).
     """
@@ -117,8 +124,9 @@ class Direct(NoPredict):
     grade = "A"
 
     def __init__(
-        self, header: Header, threads: int, context: int, facts: dict[str, str], adapter: Path | None = None
-    ) -> None:
+        self, header: Header, threads: int, context: int, facts: dict[str, str], adapter: Path | None = None,
+        cache: str = "",
+    ) -> None:  # fmt: skip
         self.lib, self.facts, self.limit, self.reuse = library(), facts, context, True
         self.lock = threading.Lock()
         self.held: list[int] = []  # ids in the key-value cache
@@ -132,6 +140,9 @@ class Direct(NoPredict):
             raise refused(header)
         parameters = self.lib.llama_context_default_params()
         parameters.word[0], parameters.word[1], parameters.word[2] = context, BATCH, BATCH
+        if cache:  # values in blocks want flash attention
+            parameters.word[FLASH] = 1
+            parameters.word[TYPE_K] = parameters.word[TYPE_V] = TYPES[cache]
         self.context = self.lib.llama_init_from_model(self.model, parameters)
         if not self.context or self.lib.llama_n_ctx(self.context) < context:
             self.close()

@@ -31,8 +31,9 @@ class Server(NoPredict):
     grade = "B"
 
     def __init__(
-        self, header: Header, threads: int, context: int, facts: dict[str, str], adapter: Path | None = None
-    ) -> None:
+        self, header: Header, threads: int, context: int, facts: dict[str, str], adapter: Path | None = None,
+        cache: str = "",
+    ) -> None:  # fmt: skip
         self.facts, self.limit, self.lock = facts, context, threading.Lock()
         self.vocabulary = len(header.metadata.get("tokenizer.ggml.tokens", ()))
         self.end = int(header.metadata.get("tokenizer.ggml.eos_token_id", 0))
@@ -40,6 +41,10 @@ class Server(NoPredict):
         parameters.model.path = str(header.path)
         parameters.n_ctx, parameters.n_parallel, parameters.warmup = context, 1, False
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+        if cache:
+            kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{cache.upper()}")
+            parameters.cache_type_k = parameters.cache_type_v = kind
+            parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
         if adapter is not None:
             parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
         parameters.verbosity = -1

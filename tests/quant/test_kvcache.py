@@ -1,4 +1,4 @@
-"""KV cache schemes: torch as stock transformers, llama.cpp in blocks of 8 and 4 bits, the rest says that it does not."""
+"""KV cache schemes: torch as stock transformers, llama.cpp in blocks of 8 and 4 bits, others say that they cannot."""
 
 import ctypes
 from pathlib import Path

@@ -86,7 +86,7 @@ def quantization_config(schemes: dict[str, Scheme], others: list[str]) -> dict[s
         }
     return {
         "quant_method": "wherry" if "wherry" in formats else "compressed-tensors",
-        "format": formats[0] if len(set(formats)) == 1 else "mixed-precision",
+        "format": (formats or ["dense"])[0] if len(set(formats)) < 2 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": others,

@@ -120,12 +120,12 @@ def rounding_cache(config: Any, words: dict[str, Any]) -> Any:
 
     bits, group = int(words["num_bits"]), int(words["group_size"])
 
-    class Rounded(DynamicCache):  # type: ignore[misc]
+    class Rounded(DynamicCache):
         """Rounds on the way in."""
 
         def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **options: Any) -> Any:
-            kept = (cached(states, bits, group) for states in (key_states, value_states))
-            return super().update(*kept, *args, **options)
+            keys, values = (cached(states, bits, group) for states in (key_states, value_states))
+            return super().update(keys, values, *args, **options)
 
     return Rounded(config=config)
 

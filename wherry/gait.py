@@ -83,6 +83,11 @@ class Pass:
         return any(hasattr(self, name) for name in SEEING) or (activations is not None and not activations.dynamic)
 
     @property
+    def dense(self) -> bool:
+        """Whether it fills zeros that an earlier stage has made: by turning all weights, or adding to them."""
+        return hasattr(self, "rewrite") or hasattr(self, "correct")
+
+    @property
     def solves(self) -> bool:
         """Whether it can choose codes from a float weight."""
         return type(self).solve is not Pass.solve

@@ -170,9 +170,9 @@ class Recipe:
         stages, current = self.stages, checkpoint
         plans: list[Plan] = []
         for stage in stages:
-            turning = [s.method for s in stage.steps if hasattr(s, "rewrite") and checkpoint.graph is None]
-            if turning and any(plan.recipe.steps[-1].gait == "zeros" for plan in plans):
-                raise BadInput(f"{turning[0]} turns all weights, which fills the zeros made before: leave it out")
+            dense = [s.method for s in stage.steps if s.dense and checkpoint.graph is None]
+            if dense and any(plan.recipe.steps[-1].gait == "zeros" for plan in plans):
+                raise BadInput(f"{dense[0]} changes all weights, which fills the zeros made before: leave it out")
             first = sum(len(plan.recipe.steps) for plan in plans)
             plans.append(stage.settle(current, formats if stage is stages[-1] else (), first))
             current = stage.expect(current)

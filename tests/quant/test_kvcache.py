@@ -146,3 +146,10 @@ def test_what_it_cannot_is_said_before(recipe: str, formats: tuple, reason: str,
 def test_encoders_keep_no_cache(tiny_bert: Path) -> None:
     with pytest.raises(Unsupported, match="keeps no cache"):
         Recipe.parse("rtn:scheme=W8A16,group_size=32 | kvcache").plan(Checkpoint.open(tiny_bert))
+
+
+def test_it_stands_after_pruning_where_a_dense_correction_may_not(tiny_llama: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_llama)
+    Recipe.parse("magnitude | rtn:scheme=W8A16,group_size=32 | kvcache").plan(checkpoint)
+    with pytest.raises(BadInput, match="fills the zeros"):
+        Recipe.parse("magnitude | gptq:scheme=W8A16,group_size=32 | lowrank:rank=4").plan(checkpoint)

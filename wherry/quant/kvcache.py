@@ -25,7 +25,6 @@ class KVCache(Pass):
     """bits: 8 or 4. A solver must stand beside it: a recipe changes weights."""
 
     bits: int = 8
-
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise BadInput(f"kvcache: bits={self.bits} is no cache that a runtime has; use 8 or 4")
@@ -42,3 +41,8 @@ class KVCache(Pass):
         }  # fmt: skip
         old = checkpoint.config.get("quantization_config") or {}
         return copy(checkpoint, config={**checkpoint.config, "quantization_config": old | {"kv_cache_scheme": words}})
+
+    @property
+    def dense(self) -> bool:
+        """No weight changes."""
+        return False

@@ -1,11 +1,29 @@
 """Linear algebra that several methods share: an inverse of a Hessian that repairs itself, scales fitted to codes."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 from wherry.errors import Diverged
 from wherry.levels import levels
 from wherry.ops import grid
 from wherry.scheme import Scheme
+
+
+class Hessian(NamedTuple):
+    """A sum over tokens, so that statistics of several ranks add up: sum of x x^T, and the number of tokens."""
+
+    total: torch.Tensor  # [k, k] float32
+    tokens: int
+
+    @classmethod
+    def add(cls, stat: "Hessian | None", x: torch.Tensor) -> "Hessian":
+        """The statistic with the tokens x [tokens, k] added."""
+        x = x.float()
+        if stat is None:
+            return cls(x.T @ x, len(x))
+        return cls(torch.addmm(stat.total, x.T, x), stat.tokens + len(x))
 
 
 def inverse_factor(hessian: torch.Tensor, damp: float, most: float = 1.0) -> tuple[torch.Tensor, float]:
@@ -70,6 +88,55 @@ def columns(
         if P is not None:
             W[:, j:] += began @ P[i:j, j:]
     return code[:, torch.argsort(order)]
+
+
+def zero_columns(
+    w: torch.Tensor, U: torch.Tensor, keep: Callable[[torch.Tensor], torch.Tensor], block: int = 128, group: int = 0
+) -> torch.Tensor:
+    """W [n, k] with zeros, column after column; the rest pays what each costs: the loop of SparseGPT.
+
+    U [k, k]: upper factor of H^-1. keep(score [n, b]) -> the mask of weights that stay among b columns: asked once for
+    each `block` of columns, or, with `group`, for each so many when they are reached. A weight that is zero stays zero,
+    and is offered first. Returns float [n, k]. Cost: O(n k^2).
+    """
+    k, there, W = w.shape[-1], w != 0, w.clone()
+    for i in range(0, k, block):
+        j = min(i + block, k)
+        B, Ub = W[:, i:j], U[i:j, i:j]
+        E, d, step = torch.empty_like(B), Ub.diagonal(), group or j - i
+        stay = there[:, i:j].clone()
+        for c in range(j - i):
+            if c % step == 0:
+                part = slice(c, c + step)
+                score = torch.where(there[:, i:j][:, part], (B[:, part] / d[part]).square(), -1.0)
+                stay[:, part] &= keep(score)
+            gone = B[:, c] * ~stay[:, c]
+            E[:, c] = gone / d[c]
+            B[:, c + 1 :] -= E[:, c : c + 1] * Ub[c, c + 1 :]
+        B *= stay
+        W[:, j:] -= E @ U[i:j, j:]
+    return W
+
+
+def fit_kept(w: torch.Tensor, v: torch.Tensor, hessian: torch.Tensor, steps: int) -> torch.Tensor:
+    """Lessen ||(w - v) X||^2 over the weights of v [n, k] that are not zero: conjugate gradients, all rows at once.
+
+    hessian [k, k], damped; preconditioned by its diagonal. Never worse than v. Cost: O(n k^2) for each step.
+    """
+    mask, diagonal = v != 0, hessian.diagonal().clamp(min=1e-30)
+    x, r = v.clone(), ((w - v) @ hessian) * mask
+    z = r / diagonal
+    p, rz = z.clone(), (r * z).sum(1, keepdim=True)
+    for _ in range(steps):
+        q = (p @ hessian) * mask
+        a = torch.nan_to_num(rz / (p * q).sum(1, keepdim=True), posinf=0.0, neginf=0.0)
+        x += a * p
+        r -= a * q
+        z = r / diagonal
+        new = (r * z).sum(1, keepdim=True)
+        p = z + torch.nan_to_num(new / rz, posinf=0.0, neginf=0.0) * p
+        rz = new
+    return x
 
 
 def neutral(scheme: Scheme, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor | None:

@@ -15,24 +15,16 @@ Differs: refit (refit=false is the paper); an exact zero stays zero (so that it 
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from wherry.errors import BadInput
 from wherry.ops import grid
-from wherry.ops.solve import columns, inverse_factor, refit_codes
+from wherry.ops.solve import Hessian, columns, inverse_factor, refit_codes
 from wherry.recipe import Pass
 from wherry.scheme import QTensor
 
 OBSERVERS = ("minmax", "mse", "imatrix_mse")
-
-
-class Hessian(NamedTuple):
-    """A sum over tokens, so that statistics of several ranks add up: sum of x x^T, and the number of tokens."""
-
-    total: torch.Tensor  # [k, k] float32
-    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +52,7 @@ class GPTQ(Pass):
 
     def observe(self, stat: Hessian | None, x: torch.Tensor) -> Hessian:
         """Add the tokens x [tokens, k] to the statistic."""
-        x = x.float()
-        if stat is None:
-            return Hessian(x.T @ x, len(x))
-        return Hessian(torch.addmm(stat.total, x.T, x), stat.tokens + len(x))
+        return Hessian.add(stat, x)
 
     def solve(self, w: torch.Tensor, stat: Hessian | None = None, notes: list[str] | None = None) -> QTensor:
         """Codes of w [n, k] that keep w x where the calibration inputs lie."""

@@ -2,9 +2,10 @@
 
     PEER/bin/python bench/peers/llm_compressor.py --model FOLDER --tokens calibration.npy --out OUT \\
         --method gptq --scheme W3A16_ASYM --group-size 64 [--actorder static --damp 0.01 --observer memoryless_minmax]
+    PEER/bin/python bench/peers/llm_compressor.py ... --method sparsegpt --sparsity 0.5 [--pattern 2:4]
 
-Reads a Hugging Face folder and an array of token ids [windows, length]; writes a compressed-tensors folder. Only
-the decoder's linears are quantized. Everything is calibrated and solved in float32; what is written is fp16 (scales,
+Reads a Hugging Face folder and an array of token ids [windows, length]; writes a compressed-tensors folder. Only the
+decoder's linears are quantized or pruned. Everything is calibrated and solved in float32; what is written is fp16 (scales,
 embedding, norms), so that files can be compared byte for byte with others. Ends with one JSON line of what it took.
 With --serve it reads such arguments line by line from stdin, so that one import of the peer serves many runs.
 
@@ -41,9 +42,11 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tokens", type=Path, help="npy of ids [windows, length]; needed by gptq")
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--method", choices=("rtn", "gptq"), required=True)
-    parser.add_argument("--scheme", required=True, help="W4A16, W4A16_ASYM, W3A16, ...")
-    parser.add_argument("--group-size", type=int, required=True)
+    parser.add_argument("--method", choices=("rtn", "gptq", "wanda", "sparsegpt"), required=True)
+    parser.add_argument("--scheme", help="W4A16, W4A16_ASYM, W3A16, ...")
+    parser.add_argument("--group-size", type=int)
+    parser.add_argument("--sparsity", type=float, default=0.5, help="of wanda and sparsegpt")
+    parser.add_argument("--pattern", default="", help="2:4, in their place")
     parser.add_argument("--actorder", default="static", help="static, or none")
     parser.add_argument("--damp", type=float, default=0.01)
     parser.add_argument("--observer", default="memoryless_minmax", help="or memoryless_mse, imatrix_mse")
@@ -53,6 +56,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
 
 def compress(a: argparse.Namespace) -> dict[str, object]:
     """Quantize and save; returns wall and CPU seconds (loading and saving left out), peak memory, versions."""
+    if a.method in ("wanda", "sparsegpt"):
+        return prune(a)
     weights = QuantizationArgs(
         num_bits=int(a.scheme[1]), type="int", symmetric=not a.scheme.endswith("_ASYM"), strategy="group",
         group_size=a.group_size, observer=a.observer,
@@ -71,6 +76,29 @@ def compress(a: argparse.Namespace) -> dict[str, object]:
             shuffle_calibration_samples=False, sequential_targets=a.targets.split(",") if a.targets else None,
             recipe=GPTQModifier(config_groups=groups, ignore=["lm_head"], dampening_frac=a.damp, actorder=order),
         )  # fmt: skip
+    return finish(model, a, start, cpu)
+
+
+def prune(a: argparse.Namespace) -> dict[str, object]:
+    """The same for a model with zeros in it; written as plain floats."""
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+
+    kind, knobs = WandaPruningModifier, {}
+    if a.method == "sparsegpt":
+        kind, knobs = SparseGPTModifier, {"dampening_frac": a.damp}
+    left = ["re:.*lm_head"]  # a plain "lm_head" is not recognised by these modifiers: a tied embedding would be pruned
+    step = kind(sparsity=a.sparsity, mask_structure=a.pattern or "0:0", targets=["Linear"], ignore=left, **knobs)
+    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
+    start, cpu = time.perf_counter(), time.process_time()
+    ids = np.load(a.tokens)
+    rows = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": np.ones_like(ids).tolist()})
+    oneshot(model=model, dataset=rows, num_calibration_samples=len(ids), max_seq_length=ids.shape[1],
+            shuffle_calibration_samples=False, recipe=step)  # fmt: skip
+    return finish(model, a, start, cpu)
+
+
+def finish(model: torch.nn.Module, a: argparse.Namespace, start: float, cpu: float) -> dict[str, object]:
+    """Save; the JSON line of what it took since `start` (wall) and `cpu` (seconds)."""
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     model.save_pretrained(a.out, save_compressed=True)
     halve(a.out)

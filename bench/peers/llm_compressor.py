@@ -5,9 +5,9 @@
     PEER/bin/python bench/peers/llm_compressor.py ... --method sparsegpt --sparsity 0.5 [--pattern 2:4]
 
 Reads a Hugging Face folder and an array of token ids [windows, length]; writes a compressed-tensors folder. Only the
-decoder's linears are quantized or pruned. Everything is calibrated and solved in float32; what is written is fp16 (scales,
-embedding, norms), so that files can be compared byte for byte with others. Ends with one JSON line of what it took.
-With --serve it reads such arguments line by line from stdin, so that one import of the peer serves many runs.
+decoder's linears are quantized or pruned. Everything is calibrated and solved in float32; what is written is fp16
+(scales, embedding, norms), so that files can be compared byte for byte with others. Ends with one JSON line of what it
+took. With --serve it reads such arguments line by line from stdin, so that one import of the peer serves many runs.
 
 The environment (torch first, then the peer with a constraints file that holds the line torch==2.13.0):
     python3.11 -m venv PEER

@@ -1,0 +1,78 @@
+"""Folder: a Hugging Face model as a module with its own class, and a changed one as a folder that transformers loads."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from wherry import cargo
+from wherry.checkpoint import Checkpoint
+from wherry.dependency.architecture import build
+from wherry.errors import Unsupported
+from wherry.tensorfile import write
+
+PREFIXES = ("model.", "transformer.", "bert.", "base_model.")
+
+
+def module(checkpoint: Checkpoint) -> nn.Module:
+    """The whole model in float32 by the class that config.json names, eager attention, eval mode, ties kept.
+
+    Raises Unsupported or Corrupt, as `Checkpoint.module` does.
+    """
+    if checkpoint.graph is not None:
+        raise Unsupported(f"{checkpoint.path} is a graph")
+    made = build(checkpoint, checkpoint.config)
+    tensors: dict[str, torch.Tensor] = {}
+    for parameter, name in checkpoint.places(made).items():
+        if name not in tensors:
+            tensors[name] = nn.Parameter(checkpoint.weight(name), requires_grad=False)
+        owner, _, leaf = parameter.rpartition(".")
+        made.get_submodule(owner)._parameters[leaf] = tensors[name]  # type: ignore[assignment]
+    for parameter, left in list(made.named_parameters()):
+        if left.is_meta:  # an unused pooler
+            owner, _, leaf = parameter.rpartition(".")
+            made.get_submodule(owner)._parameters[leaf] = nn.Parameter(torch.zeros(left.shape), requires_grad=False)
+    have = set(checkpoint.names())
+    for name, buffer in made.named_buffers():
+        if name in have:
+            buffer.copy_(checkpoint.weight(name))
+    return made
+
+
+def save(checkpoint: Checkpoint, changed: nn.Module, config: Mapping[str, Any], out: Path) -> None:
+    """Write config.json, weights in their dtype and the side files into the folder `out`, which exists and is empty."""
+    places = located(checkpoint, changed)
+    tensors: dict[str, torch.Tensor] = {}
+    state = dict(changed.named_parameters(remove_duplicate=False)) | dict(changed.named_buffers())
+    for name, stored in places.items():
+        if stored not in tensors:
+            dtype = checkpoint.source.dtype(stored) if stored in checkpoint.names() else torch.float32
+            tensors[stored] = state[name].detach().to(dtype).contiguous()
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "model.safetensors", tensors)
+    plain = {k: v for k, v in config.items() if k != "quantization_config"}
+    (out / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf8")
+    cargo.beside(checkpoint.path if checkpoint.path.is_dir() else checkpoint.task.folder, checkpoint.task, out)
+    for name in ("preprocessor_config.json",):
+        source = checkpoint.path / name
+        if source.is_file():
+            (out / name).write_bytes(source.read_bytes())
+
+
+def located(checkpoint: Checkpoint, changed: nn.Module) -> dict[str, str]:
+    """{parameter or stored buffer of the module: name in the checkpoint}."""
+    have, prefix = set(checkpoint.names()), getattr(changed, "base_model_prefix", "")
+    found, tied = {}, {}
+    for name, tensor in changed.state_dict(keep_vars=True).items():
+        options = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+        match = next((o for o in options if o in have), None)
+        if match is None and id(tensor) in tied:
+            continue
+        if match is None and "pooler" in name:
+            continue
+        found[name] = match or name
+        tied[id(tensor)] = name
+    return found

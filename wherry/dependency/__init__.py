@@ -54,6 +54,7 @@ class Graph:
     alias: dict[str, str]
     parameters: frozenset[str]
     flow: Flow = field(repr=False)
+    outputs: bool = False
 
     def families(self) -> list[list[Group]]:
         """Groups that lie in the same places and so can stand for one another: the channels of a layer, its heads.
@@ -102,7 +103,7 @@ def of_record(record: Record, seeds: dict[Place, np.ndarray] | None = None, outp
             if (found := free(other)) > best:
                 flow, best = other, found
     shapes = {name: value.shape for name, value in (record.parameters | record.buffers).items()}
-    return Graph(gather(flow), shapes, record.alias, frozenset(record.parameters), flow)
+    return Graph(gather(flow), shapes, record.alias, frozenset(record.parameters), flow, outputs)
 
 
 def trial(

@@ -88,13 +88,11 @@ def expressed(
     """Raise Unsupported where a module by this configuration has other shapes than the weights."""
     built = {name: tuple(p.shape) for name, p in build(checkpoint, config).named_parameters()}
     for name, shape in built.items():
-        if name in shapes and shapes[name] != shape:
-            kind, names_ = config.get("model_type"), names(config)
-            why = (
-                f"{kind} has no entry for the width of a head, so that heads and hidden size cannot change alone"
-                if what in ("heads", "hidden") and names_.width not in config
-                else f"{name} would be {list(shapes[name])}, the configuration makes it {list(shape)}"
-            )
+        if "pooler" not in name and name in shapes and shapes[name] != shape:
+            kind = config.get("model_type")
+            why = f"{name} would be {list(shapes[name])}, the configuration makes it {list(shape)}"
+            if what in ("heads", "hidden"):
+                why += ", for it has no width of a head (head_dim): hidden size is heads times that"
             raise Unsupported(
                 f"{what}: the configuration of {kind} cannot express the result: {why}.\n"
                 "Prune neurons or layers, or capture the model as a graph (wherry capture), whose layers have any width."

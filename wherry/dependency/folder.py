@@ -14,8 +14,6 @@ from wherry.dependency.architecture import build
 from wherry.errors import Unsupported
 from wherry.tensorfile import write
 
-PREFIXES = ("model.", "transformer.", "bert.", "base_model.")
-
 
 def module(checkpoint: Checkpoint) -> nn.Module:
     """The whole model in float32 by the class that config.json names, eager attention, eval mode, ties kept.
@@ -25,6 +23,8 @@ def module(checkpoint: Checkpoint) -> nn.Module:
     if checkpoint.graph is not None:
         raise Unsupported(f"{checkpoint.path} is a graph")
     made = build(checkpoint, checkpoint.config)
+    if checkpoint.task.kind == "sentence-similarity" and hasattr(made, "pooler"):
+        made.pooler = None  # sentence encoders pool by themselves
     tensors: dict[str, torch.Tensor] = {}
     for parameter, name in checkpoint.places(made).items():
         if name not in tensors:

@@ -38,6 +38,11 @@ def columns(group: Group, name: str, reading: Reader) -> np.ndarray:
     return (index[:, None] * reading.each + np.arange(reading.each)).ravel()
 
 
+def along(x: Tensor, d: int) -> np.ndarray:
+    """Sums over all dimensions but one."""
+    return x.movedim(d, 0).flatten(1).sum(1).numpy() if x.ndim > 1 else x.numpy()
+
+
 def magnitude(module: nn.Module, groups: Sequence[Group]) -> np.ndarray:
     """Sum of squares of all weights of each group."""
     scores = np.zeros(len(groups))
@@ -46,8 +51,7 @@ def magnitude(module: nn.Module, groups: Sequence[Group]) -> np.ndarray:
     for i, group in enumerate(groups):
         for (name, d), index in group.lanes.items():
             if name in names and (name, d) not in squares:
-                w = module.get_parameter(name).detach().double() ** 2
-                squares[name, d] = w.sum([k for k in range(w.ndim) if k != d]).numpy() if w.ndim > 1 else w.numpy()
+                squares[name, d] = along(module.get_parameter(name).detach().double() ** 2, d)
             if name in names:
                 scores[i] += squares[name, d][index].sum()
     return scores
@@ -79,7 +83,7 @@ def taylor(module: nn.Module, groups: Sequence[Group], batches: Batches, progres
                 if name in names and name in grads:
                     if (name, d) not in cache:
                         product = module.get_parameter(name).detach().double() * grads[name].double()
-                        cache[name, d] = product.sum([k for k in range(product.ndim) if k != d]).numpy()
+                        cache[name, d] = along(product, d)
                     sums[i] += cache[name, d][index].sum()
         scores += sums**2 / len(batches)
     return scores
@@ -91,9 +95,12 @@ def hessian(module: nn.Module, groups: Sequence[Group], grams: Mapping[str, Tens
     for name, reading in readers(module, groups).items():
         inverse = torch.linalg.inv(damped(grams[name]))
         W = reading.matrix
+        single = W.square().sum(0) / inverse.diagonal()
         for i, group in enumerate(groups):
             S = torch.from_numpy(columns(group, name, reading))
-            if len(S):
+            if len(S) == 1:
+                scores[i] += float(single[S]) / float(grams[name][-1, -1])
+            elif len(S):
                 lost = torch.linalg.solve(inverse[S][:, S], W[:, S].T)
                 scores[i] += float((W[:, S].T * lost).sum()) / float(grams[name][-1, -1])
     return scores

@@ -20,14 +20,15 @@ class Drawn:
         if checkpoint.graph.quantized:
             raise BadInput(f"{checkpoint.path} is quantized already; prune the float model that it was made from")
         self.task = checkpoint.task
-        self.module: Any = imported(checkpoint.graph.path)
+        net: Any = imported(checkpoint.graph.path)
+        self.module = net
         self.inputs = [str(value.name) for value in checkpoint.graph.model.graph.inputs]
         self.names = []
-        for node, name in zip(self.module.graph.find_nodes(op="placeholder"), self.inputs, strict=True):
+        for node, name in zip(net.graph.find_nodes(op="placeholder"), self.inputs, strict=True):
             node.target = name if name.isidentifier() and not keyword.iskeyword(name) else node.target
             self.names.append(str(node.target))
-        self.module.recompile()  # the next file's inputs have the same names
-        self.outputs = list(self.module.meta["outputs"])
+        net.recompile()  # the next file's inputs have the same names
+        self.outputs = list(net.meta["outputs"])
 
     def called(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """A batch by the file's names as arguments of the module."""

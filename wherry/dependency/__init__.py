@@ -94,7 +94,7 @@ def graph(
 
 
 def of_record(record: Record, seeds: dict[Place, np.ndarray] | None = None, outputs: bool = False) -> Graph:
-    """Groups of a recorded run. Where a view has several dimensions that may move, the choice that frees most is taken."""
+    """Groups of a recorded run. Where several dimensions of a view may move, the choice that frees most is taken."""
     flow = trial(record, seeds, outputs, {})
     best = free(flow)
     for op, ways in flow.splits.items():

@@ -1,4 +1,4 @@
-"""Architecture: which entries of a Hugging Face configuration tell widths and depths, and whether they can tell new ones.
+"""Architecture: which entries of a Hugging Face configuration tell widths and depths; whether they can tell new ones.
 
 No shapes are derived here: a configuration is changed, transformers builds the module by it without memory, and its
 shapes are compared with the weights that were cut. What does not fit is refused with what differs.
@@ -44,7 +44,7 @@ KNOWN = {
     "qwen3_moe": Names(neurons=("moe_intermediate_size", "intermediate_size")),
     "qwen2_moe": Names(neurons=("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size")),
 }  # fmt: skip
-PER_LAYER = ("layer_types", "mlp_only_layers", "no_rope_layers", "attention_layers")  # lists with an entry for each block
+PER_LAYER = ("layer_types", "mlp_only_layers", "no_rope_layers", "attention_layers")  # lists, an entry for each block
 
 
 def names(config: Mapping[str, Any]) -> Names:
@@ -74,7 +74,7 @@ def build(checkpoint: Checkpoint, config: Mapping[str, Any]) -> nn.Module:
     if cls is None or not hasattr(cls, "_from_config"):
         raise Unsupported(f"{checkpoint.path}: transformers has no class {kind}")
     try:
-        made = transformers.AutoConfig.for_model(config.get("model_type"), **deepcopy(plain))
+        made = transformers.AutoConfig.for_model(str(config.get("model_type")), **deepcopy(plain))
         with accelerate.init_empty_weights(include_buffers=False):
             return cls._from_config(made, attn_implementation="eager", dtype=torch.float32).eval()
     except Exception as error:  # each model's class fails in its own way
@@ -95,7 +95,7 @@ def expressed(
                 why += ", for it has no width of a head (head_dim): hidden size is heads times that"
             raise Unsupported(
                 f"{what}: the configuration of {kind} cannot express the result: {why}.\n"
-                "Prune neurons or layers, or capture the model as a graph (wherry capture), whose layers have any width."
+                "Prune neurons or layers, or capture the model as a graph (wherry capture): its layers have any width."
             )
 
 
@@ -108,8 +108,9 @@ def blocks(config: Mapping[str, Any], names_: list[str]) -> dict[str, str]:
     out: dict[str, str] = {}
     for entry in names(config).layers:
         side = "decoder" if "decoder" in entry else "encoder" if "encoder" in entry else ""
-        paths = [p for p in found if (side in p.split(".") if side else "decoder" not in p.split(".") or len(found) == 1)]
-        paths = [p for p in paths if len(found[p]) == config.get(entry)]
+        paths = [p for p in found if len(found[p]) == config.get(entry)]
+        if side or len(paths) > 1:
+            paths = [p for p in paths if (side or "encoder") in p.split(".")]
         if paths:
             out[entry] = min(paths, key=len)
     if not out:

@@ -1,7 +1,7 @@
 """Cut: take lanes out of a module in place: smaller weights, the sizes that layers remember, the sizes in an fx graph.
 
-A module whose own code holds sizes as numbers (`view(n, 64)`) keeps them: trace it first (`torch.fx.symbolic_trace`), or
-import it from ONNX, and the numbers in its graph follow.
+A module whose own code holds sizes as numbers (`view(n, 64)`) keeps them: trace it first (`torch.fx.symbolic_trace`)
+or import it from ONNX, and the numbers in its graph follow.
 """
 
 import operator
@@ -67,7 +67,8 @@ def cut(module: nn.Module, graph: Graph, removed: Sequence[Group]) -> nn.Module:
         for each in names[name]:
             owner, _, leaf = each.rpartition(".")
             place = module.get_submodule(owner)
-            (place._buffers if old is None else place._parameters)[leaf] = value  # type: ignore[index]
+            store: dict[str, Any] = place._buffers if old is None else place._parameters
+            store[leaf] = value
     for name in dict.fromkeys(n.rpartition(".")[0] for each in names.values() for n in each):
         resize(module.get_submodule(name))
     return module
@@ -111,8 +112,8 @@ def rewrite(module: fx.GraphModule, graph: Graph, removed: Sequence[Group]) -> N
         if node.op not in ("call_function", "call_method"):
             continue
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        out = nodes.get(node.name)
-        x = nodes.get(node.args[0].name) if node.args and isinstance(node.args[0], fx.Node) else None
+        out: Any = nodes.get(node.name)
+        x: Any = nodes.get(node.args[0].name) if node.args and isinstance(node.args[0], fx.Node) else None
         outs = list(out) if isinstance(out, list | tuple) else [out]
         if not (changed(x) or any(map(changed, outs))):
             continue
@@ -166,7 +167,8 @@ def bounds(index: Any, x: Value, mask: Callable[[Value, int], np.ndarray | None]
     """Slices of the lanes that stay. Raises Unsupported for steps and numbers in a dimension that loses lanes."""
     items = list(index) if isinstance(index, tuple) else [index]
     given = sum(item is not None and item is not Ellipsis for item in items)
-    new, d = [], 0
+    new: list[Any] = []
+    d = 0
     for item in items:
         if item is Ellipsis:
             d += x.rank - given

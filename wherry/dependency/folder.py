@@ -1,7 +1,10 @@
-"""Folder: a Hugging Face model as a module with its own class, and a changed one as a folder that transformers loads."""
+"""Folder: a Hugging Face model as a module of its own class, and a changed one as a folder that transformers loads."""
 
+import hashlib
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,13 @@ import torch
 from torch import nn
 
 from wherry import cargo
-from wherry.checkpoint import Checkpoint
+from wherry.checkpoint import Checkpoint, natural
 from wherry.dependency.architecture import build
 from wherry.errors import Unsupported
+from wherry.scheme import Scheme
 from wherry.tensorfile import write
+
+PREFIXES = ("model.", "transformer.", "bert.", "vit.")
 
 
 def module(checkpoint: Checkpoint) -> nn.Module:
@@ -24,7 +30,7 @@ def module(checkpoint: Checkpoint) -> nn.Module:
         raise Unsupported(f"{checkpoint.path} is a graph")
     made = build(checkpoint, checkpoint.config)
     if checkpoint.task.kind == "sentence-similarity" and hasattr(made, "pooler"):
-        made.pooler = None  # sentence encoders pool by themselves
+        made._modules["pooler"] = None  # sentence encoders pool by themselves
     tensors: dict[str, torch.Tensor] = {}
     for parameter, name in checkpoint.places(made).items():
         if name not in tensors:
@@ -60,6 +66,57 @@ def save(checkpoint: Checkpoint, changed: nn.Module, config: Mapping[str, Any], 
         source = checkpoint.path / name
         if source.is_file():
             (out / name).write_bytes(source.read_bytes())
+
+
+@dataclass
+class Expected:
+    """A source that is not there yet: shapes and dtypes of a model that will be written."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    stamp: str
+
+    def names(self) -> list[str]:
+        """All tensors, layers in numeric order."""
+        return sorted(self.shapes, key=natural)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape that the tensor will have."""
+        return self.shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """That of the model it is made from."""
+        return self.dtypes[name]
+
+    def scheme(self, name: str) -> Scheme | None:
+        """Floats."""
+        return None
+
+    def read(self, name: str) -> torch.Tensor:
+        """Zeros: the values are not known yet."""
+        return torch.zeros(self.shapes[name], dtype=self.dtypes[name])
+
+    def fingerprint(self) -> str:
+        """Of the model that it is made from, with the shapes."""
+        return hashlib.sha256(f"{self.stamp} {sorted(self.shapes.items())}".encode()).hexdigest()
+
+    def bytes(self) -> int:
+        """Size of the weights."""
+        return sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
+
+
+def expected(
+    checkpoint: Checkpoint, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> Checkpoint:
+    """The checkpoint that will be written: shapes by names of the module, or of the checkpoint."""
+    have, found, dtypes = set(checkpoint.names()), {}, {}
+    prefix = next((p for p in PREFIXES if any(n.startswith(p) for n in have)), "")
+    for name, shape in shapes.items():
+        stored = next((o for o in (name, prefix + name, name.removeprefix(prefix)) if o in have), None)
+        if stored is not None:
+            found[stored], dtypes[stored] = tuple(shape), checkpoint.source.dtype(stored)
+    source = Expected(found, dtypes, checkpoint.source.fingerprint())
+    return replace(checkpoint, config=dict(config), source=source)
 
 
 def located(checkpoint: Checkpoint, changed: nn.Module) -> dict[str, str]:

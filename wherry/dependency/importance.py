@@ -2,11 +2,11 @@
 
 Source: magnitude: Li et al. 2017 (arXiv:1608.08710). activation: the sum over reading layers of |W_i|^2 E[x_i^2], Wanda
     (Sun et al. 2023, arXiv:2306.11695) for whole lanes, less the mean where a bias can stand for it, as in FLAP (An et
-    al. 2023, arXiv:2312.11983). taylor: Molchanov et al. 2019 (arXiv:1906.10771), summed over the group as in LLM-Pruner.
+    al. 2023, arXiv:2312.11983). taylor: Molchanov et al. 2019 (arXiv:1906.10771), summed over a group as in LLM-Pruner.
     hessian: W_S (H^-1_SS)^-1 W_S^T, the least error of the reading layer once its other weights have made up for S:
     optimal brain surgeon for structures, ZipLM (Kurtic et al. 2023, arXiv:2302.04089), SlimGPT (arXiv:2412.18110).
 Shapes: one float per group; comparable within a family, and between families after division by their mean.
-Cost:   magnitude none; activation and hessian one pass, the latter k^3 for each reading layer; taylor passes with gradients.
+Cost:   magnitude none; activation and hessian one pass, the latter k^3 per reading layer; taylor a pass with gradients.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wherry.dependency import Graph, Group
+from wherry.dependency import Group
 from wherry.dependency.statistics import Batches, Reader, gradients, reader
 from wherry.errors import Unsupported
 
@@ -72,7 +72,9 @@ def activation(module: nn.Module, groups: Sequence[Group], grams: Mapping[str, T
     return scores
 
 
-def taylor(module: nn.Module, groups: Sequence[Group], batches: Batches, progress: Callable[[int, int], None]) -> np.ndarray:
+def taylor(
+    module: nn.Module, groups: Sequence[Group], batches: Batches, progress: Callable[[int, int], None]
+) -> np.ndarray:
     """Mean over batches of (sum over the group of weight times gradient)^2."""
     scores, names = np.zeros(len(groups)), {name for name, _ in module.named_parameters()}
     for grads in gradients(module, batches, progress):
@@ -113,7 +115,7 @@ def damped(gram: Tensor) -> Tensor:
 
 
 def score(
-    method: str, module: nn.Module, graph: Graph, groups: Sequence[Group], grams: Mapping[str, Tensor],
+    method: str, module: nn.Module, groups: Sequence[Group], grams: Mapping[str, Tensor],
     batches: Batches, progress: Callable[[int, int], None] = lambda done, total: None, centre: bool = True,
 ) -> np.ndarray:  # fmt: skip
     """Importance of each group by one of METHODS.

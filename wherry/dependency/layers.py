@@ -36,7 +36,7 @@ def convolution(flow: Flow, op: Op) -> None:
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "cudnn_batch_norm",
-      "batch_norm", "_batch_norm_no_update", "_batch_norm_with_update", "miopen_batch_norm", "instance_norm")  # fmt: skip
+      "batch_norm", "_batch_norm_no_update", "_batch_norm_with_update", "miopen_batch_norm")  # fmt: skip
 def batch_norm(flow: Flow, op: Op) -> None:
     """One scale, bias, mean and variance for each channel."""
     x, out = op.args[0], op.outputs[0]
@@ -82,7 +82,7 @@ def layer_norm(flow: Flow, op: Op) -> None:
     "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable",
 )  # fmt: skip
 def attention(flow: Flow, op: Op) -> None:
-    """q [batch, heads, n, d], k and v [batch, groups, m, d]: heads over one group of keys go with it."""
+    """Q [batch, heads, n, d], k and v [batch, groups, m, d]: heads over one group of keys go with it."""
     q, k, v = op.args[:3]
     out = op.outputs[0]
     for d in range(q.rank - 3):
@@ -118,7 +118,8 @@ def _within(labels: np.ndarray, groups: int) -> bool:
 @rule(
     "avg_pool2d", "max_pool2d_with_indices", "max_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d",
     "adaptive_max_pool2d", "avg_pool1d", "max_pool1d", "adaptive_avg_pool1d", "avg_pool3d", "adaptive_avg_pool3d",
-    "_adaptive_avg_pool3d", "max_pool3d_with_indices", "upsample_nearest2d", "upsample_bilinear2d", "upsample_nearest1d",
+    "_adaptive_avg_pool3d", "max_pool3d_with_indices", "upsample_nearest2d", "upsample_bilinear2d",
+    "upsample_nearest1d",
     "upsample_bicubic2d", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "reflection_pad2d",
     "replication_pad2d", "reflection_pad1d", "replication_pad1d", "grid_sampler_2d", "im2col", "upsample_linear1d",
 )  # fmt: skip

@@ -162,12 +162,14 @@ class Recorder(TorchDispatchMode):
         """Run the operator and write it down."""
         kwargs = kwargs or {}
         noted = tree_map(lambda t: self.known(t) if isinstance(t, Tensor) else t, (args, kwargs))
-        written = [a for a, s in zip(args, func._schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write]
+        pairs = zip(args, func._schema.arguments, strict=False)
+        written = [a for a, s in pairs if s.alias_info and s.alias_info.is_write]
         seen = any(isinstance(t, Tensor) and len(self.shared[t.untyped_storage()._cdata]) > 1 for t in written)
         result = func(*args, **kwargs)
         outputs = [self.value(t) for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
         name = func.overloadpacket.__name__ + (" on a view" if seen else "")
-        op = Op(name, *noted, outputs, torch.Tag.pointwise in func.tags, self.where, func._schema)
+        read, named = noted
+        op = Op(name, read, named, outputs, torch.Tag.pointwise in func.tags, self.where, func._schema)
         for value in dict.fromkeys(op.values):
             value.uses.append(op)
         self.ops.append(op)

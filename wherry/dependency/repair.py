@@ -2,7 +2,7 @@
 
 Source: the update of SlimGPT (Ling et al. 2024, arXiv:2412.18110) and of ThiNet (Luo et al. 2017, arXiv:1707.06342),
     in closed form; with the column of ones it holds FLAP's bias too.
-Idea:   W' = W H[:, K] (H[K, K] + damp)^-1 minimises |W x - W' x_K|^2 over the calibration inputs, H their second moments.
+Idea:   W' = W H[:, K] (H[K, K] + damp)^-1 minimises |W x - W' x_K|^2 over the inputs; H: their second moments.
 Shapes: W [outputs, inputs]; K the columns that stay, and one for the bias where the layer has one.
 Cost:   k^3 for each reading layer.
 """

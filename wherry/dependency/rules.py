@@ -176,6 +176,6 @@ def reduce(flow: Flow, op: Op) -> None:
 @rule("scalar_tensor", "arange", "full", "zeros", "ones", "empty", "rand", "randn", "eye", "linspace", "new_zeros",
       "new_ones", "new_full", "new_empty", "empty_strided", "new_empty_strided", "_local_scalar_dense",
       "is_nonzero", "equal", "randint", "tril_indices", "triu_indices", "item", "bincount", "nonzero",
-      "histc", "unique_consecutive", "_unique2", "one_hot", "set_", "resize", "_assert_async", "_assert_scalar")  # fmt: skip
+      "histc", "unique_consecutive", "_unique2", "one_hot", "set_", "resize", "_assert_async")  # fmt: skip
 def fixed(flow: Flow, op: Op) -> None:
     """Made by size, or read as numbers: whatever lane it touches stays."""

@@ -26,14 +26,14 @@ class Reader:
     each: columns of one lane. turned: whether the stored weight is [inputs, outputs].
     """
 
-    layer: nn.Module
+    layer: Any
     each: int
     turned: bool
 
     @property
     def matrix(self) -> Tensor:
         """The weight, float64 [outputs, lanes * each]."""
-        w = self.layer.weight.detach().double()
+        w: Tensor = self.layer.weight.detach().double()
         return w.T if self.turned else w.flatten(1)
 
     def put(self, matrix: Tensor) -> None:
@@ -49,9 +49,8 @@ class Reader:
             if isinstance(conv.padding, str):
                 reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
                 sides = [(r // 2, r - r // 2) if conv.padding == "same" else (0, 0) for r in reach]
-                x, padding = F.pad(x, [*sides[1], *sides[0]]), (0, 0)
-            else:
-                padding = conv.padding
+                x = F.pad(x, [*sides[1], *sides[0]])
+            padding = (0, 0) if isinstance(conv.padding, str) else conv.padding
             x = F.unfold(x, conv.kernel_size, conv.dilation, padding, conv.stride).transpose(1, 2)
         return x.reshape(-1, x.shape[-1])
 

@@ -5,13 +5,14 @@ Source: influence: ShortGPT (Men et al. 2024, arXiv:2403.03853); perplexity: Sho
     arXiv:2402.09025); merge: LaCo (Yang et al. 2024, arXiv:2402.11187).
 Idea:   influence of layer l: 1 - mean cos(x_l, x_{l+1}): a layer that hardly turns its input is hardly missed.
         perplexity, search: the loss without the layer: cross-entropy of next tokens, or the distance of an encoder's
-        results from those of the whole model. merge: theta_l + sum_k (theta_{l+k} - theta_l) for dropped neighbours l+k.
+        results from those of the whole model. merge: theta_l + sum_k (theta_{l+k} - theta_l), l+k dropped.
 Shapes: x [tokens, hidden] before and after a layer.
 Cost:   influence one pass; perplexity one pass per layer; search one per layer and round.
 Fails:  BadInput: all layers, or a layer that is not there. Unsupported: a graph, or no list of layers that the
         configuration counts. A layer that holds what the others lack (T5's first, with the biases) stays.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from wherry.checkpoint import Checkpoint
 from wherry.dependency import folder
 from wherry.dependency.architecture import blocks, fewer
+from wherry.dependency.blocks import influence, labelled, loss, merge, put
 from wherry.dependency.kinds import amount
 from wherry.dependency.statistics import Batches, main
 from wherry.errors import BadInput, Unsupported
@@ -53,11 +54,15 @@ class Depth(Pass):
         if not all(item.isdigit() for item in self.drop):
             raise BadInput(f"depth: drop={';'.join(self.drop)} is no list of numbers like 2;5")
 
-    def remake(self, checkpoint: Checkpoint, out: Path, batches: list[dict[str, np.ndarray]], progress: Progress) -> None:
+    calibrated = True
+
+    def remake(
+        self, checkpoint: Checkpoint, out: Path, batches: list[dict[str, np.ndarray]], progress: Progress
+    ) -> None:
         """Write the shallower model into the folder `out`."""
         stay = self.planned(checkpoint)
         if not self.drop and not batches:
-            raise BadInput("depth: importance of layers wants calibration data; give --data, or name the layers: drop=2;5")
+            raise BadInput("depth: layers are chosen on calibration data; give --data, or name them: drop=2;5")
         module = folder.module(checkpoint)
         data: Batches = [{n: torch.as_tensor(a) for n, a in batch.items()} for batch in batches]
         config = dict(checkpoint.config)
@@ -71,13 +76,21 @@ class Depth(Pass):
             config = fewer(config, entry, kept)
         folder.save(checkpoint, module, config, out)
 
-    def forecast(self, checkpoint: Checkpoint) -> list[dict[str, Any]]:
-        """What will stay, before any work; raises what can be known to fail."""
+    def expect(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The model with fewer layers; raises what can be known to fail."""
+        shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
+        config = dict(checkpoint.config)
+        for entry, (path, keep) in self.planned(checkpoint).items():
+            pattern = re.compile(rf"(?:.*\.)?{re.escape(path)}\.(\d+)\.")
+            shapes = {n: s for n, s in shapes.items() if not (m := pattern.match(n)) or int(m[1]) < keep}
+            config = fewer(config, entry, list(range(keep)))
+        return folder.expected(checkpoint, config, shapes)
+
+    def remarks(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """Layers before and after."""
         stay = self.planned(checkpoint)
-        return [
-            {"what": "layers", "where": path, "value": f"{checkpoint.config[entry]} -> {keep}", "note": entry}
-            for entry, (path, keep) in stay.items()
-        ]
+        said = [f"{path}: layers {checkpoint.config[entry]} -> {keep}" for entry, (path, keep) in stay.items()]
+        return {"": ", ".join(said)}
 
     def planned(self, checkpoint: Checkpoint) -> dict[str, tuple[str, int]]:
         """{entry of the configuration: (path of the stack, how many layers stay)}."""
@@ -123,69 +136,3 @@ class Depth(Pass):
             put(module, path, list(stack))
             gone += sorted(left, key=lambda i: losses[i])[: 1 if self.importance == "search" else count]
         return sorted(gone)
-
-
-def put(module: nn.Module, path: str, layers: list[nn.Module]) -> None:
-    """Make these the layers of a stack, numbered anew."""
-    owner, _, leaf = path.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, nn.ModuleList(layers))
-    for number, layer in enumerate(layers):
-        for part in layer.modules():
-            if hasattr(part, "layer_idx"):
-                part.layer_idx = number
-
-
-def influence(module: nn.Module, stack: Any, data: Batches) -> list[float]:
-    """1 - mean cosine of what each layer is given and gives."""
-    sums, counts = [0.0] * len(stack), [0] * len(stack)
-
-    def hook(i: int) -> Callable[..., None]:
-        def measure(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-            x = args[0] if args else kwargs["hidden_states"]
-            y: Tensor = result if isinstance(result, Tensor) else result[0]
-            sums[i] += float((1 - F.cosine_similarity(x.float(), y.float(), dim=-1)).sum())
-            counts[i] += x.shape[:-1].numel()
-
-        return measure
-
-    handles = [block.register_forward_hook(hook(i), with_kwargs=True) for i, block in enumerate(stack)]
-    try:
-        with torch.no_grad():
-            for batch in data:
-                module(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [s / max(c, 1) for s, c in zip(sums, counts, strict=True)]
-
-
-def labelled(data: Batches) -> bool:
-    """Whether the inputs hold their own targets: tokens alone, of a language model."""
-    return set(data[0]) == {"input_ids"}
-
-
-def loss(module: nn.Module, data: Batches, whole: list[Tensor]) -> float:
-    """Cross-entropy of next tokens, or the distance of the results from those of the whole model."""
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for i, batch in enumerate(data):
-            out = main(module(**batch))
-            if whole:
-                total, count = total + float((out - whole[i]).square().sum()), count + out.numel()
-                continue
-            targets = batch["input_ids"][:, 1:]
-            total -= float(out[:, :-1].gather(-1, targets[..., None]).sum())
-            count += targets.numel()
-    return total / max(count, 1)
-
-
-def merge(stack: Any, gone: list[int]) -> None:
-    """Add to the last layer that stays before each run of dropped ones what they differ from it."""
-    with torch.no_grad():
-        for keep in [i for i in range(len(stack)) if i not in gone and i + 1 in gone]:
-            run = [i for i in range(keep + 1, len(stack)) if all(j in gone for j in range(keep + 1, i + 1))]
-            own = {name: p.clone() for name, p in stack[keep].named_parameters()}
-            for i in run:
-                for name, p in stack[i].named_parameters():
-                    if name in own:
-                        stack[keep].get_parameter(name).add_(p - own[name])

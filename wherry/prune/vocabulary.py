@@ -1,7 +1,7 @@
 """Vocabulary: drop tokens that hardly occur, with their rows of the embedding; the tokenizer is rewritten with it.
 
 Source: Abdaoui et al. 2020, "Load What You Need" (arXiv:2010.05609), for WordPiece.
-Idea:   WordPiece takes the longest piece that it knows. Without a rare word it takes smaller pieces of it, so that every
+Idea:   WordPiece takes the longest piece that it knows. Without a rare word it takes smaller pieces of it, so every
         text can still be read as long as single characters stay; texts of kept tokens alone are cut as before.
 Shapes: embedding [tokens, hidden]; rows of kept tokens, in their old order.
 Cost:   counting the tokens of the texts; small beside anything else.
@@ -34,14 +34,18 @@ Progress = Callable[[int, int, str], None]
 class Vocabulary(Pass):
     """tokens: a share that goes (0.5) or how many stay (16000). multiple: the number is rounded to it.
 
-    What stays: special tokens, single characters, then the tokens of the calibration texts by how often they occur, then
-    the others in their own order, which is that of their frequency where the tokenizer was trained.
+    What stays: special tokens and single characters, then tokens by how often they are expected: by their number
+    in the calibration texts, and what Zipf's law gives their place in the table, whose order is that of frequency.
     """
 
     tokens: str = "0.5"
     multiple: int = 64
 
-    def remake(self, checkpoint: Checkpoint, out: Path, batches: list[dict[str, np.ndarray]], progress: Progress) -> None:
+    calibrated = True
+
+    def remake(
+        self, checkpoint: Checkpoint, out: Path, batches: list[dict[str, np.ndarray]], progress: Progress
+    ) -> None:
         """Write the model with fewer tokens into the folder `out`."""
         stay = self.planned(checkpoint)
         file = checkpoint.task.folder / "tokenizer.json"
@@ -66,10 +70,16 @@ class Vocabulary(Pass):
         folder.save(checkpoint, module, config, out)
         rewrite(out, tokenizer, table, new)
 
-    def forecast(self, checkpoint: Checkpoint) -> list[dict[str, Any]]:
-        """How many tokens will stay; raises what can be known to fail."""
+    def expect(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The model with fewer rows in its table; raises what can be known to fail."""
         before, stay = int(checkpoint.config["vocab_size"]), self.planned(checkpoint)
-        return [{"what": "tokens", "where": "vocabulary", "value": f"{before:,} -> {stay:,}", "note": "WordPiece"}]
+        shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
+        shapes = {n: (stay, *s[1:]) if s[0] == before else s for n, s in shapes.items()}
+        return folder.expected(checkpoint, dict(checkpoint.config) | {"vocab_size": stay}, shapes)
+
+    def remarks(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """Tokens before and after."""
+        return {"": f"tokens {int(checkpoint.config['vocab_size']):,} -> {self.planned(checkpoint):,}"}
 
     def planned(self, checkpoint: Checkpoint) -> int:
         """How many tokens stay."""
@@ -99,9 +109,12 @@ def needed(tokenizer: dict[str, Any], table: dict[str, int]) -> set[int]:
 def chosen(tokenizer: dict[str, Any], table: dict[str, int], seen: Counter[int], stay: int) -> list[int]:
     """Old ids that stay, in their order."""
     must = needed(tokenizer, table)
-    often = [i for i, _ in seen.most_common() if i not in must]
-    rest = [i for i in sorted(table.values()) if i not in must and i not in seen]
-    return sorted([*must, *often, *rest][:stay] if len(must) <= stay else must)
+    free = [i for token, i in sorted(table.items(), key=lambda item: item[1]) if i not in must and token[:1] != "["]
+    unused = [i for token, i in table.items() if i not in must and token[:1] == "["]  # no text is cut to these
+    total = max(seen.total(), 1) / np.log(len(table))
+    expected = {i: seen[i] + total / rank for rank, i in enumerate(free, 1)}
+    order = sorted(free, key=lambda i: -expected[i]) + unused
+    return sorted([*must, *order[: stay - len(must)]])
 
 
 def rewrite(out: Path, tokenizer: dict[str, Any], table: dict[str, int], new: dict[int, int]) -> None:

@@ -24,6 +24,7 @@ from wherry.train.job import Job
 from wherry.train.samples import Batch
 
 Progress = Callable[[int, int, str], None]
+TEXT = ("text-generation", "sentence-similarity")  # tasks whose samples are cut to a length
 LENGTH = 512  # tokens of a sample where the job does not say
 
 
@@ -45,6 +46,12 @@ def run(job: Job, progress: Progress = quiet) -> dict[str, Any]:
         return Run(job, world).go(progress)
 
 
+def own(batch: Batch) -> Batch:
+    """The teacher's inputs of a batch: its own where it cuts texts into other tokens, else the student's."""
+    mine = {n.removeprefix(samples.TEACHER): t for n, t in batch.items() if n.startswith(samples.TEACHER)}
+    return mine or batch
+
+
 class Run:
     """One run on one rank."""
 
@@ -54,12 +61,14 @@ class Run:
         self.student = student.opened(job.model)
         self.teacher = self._teacher()
         task = self.student.task
-        self.length = min(job.length or LENGTH, task.max_length) if task.kind == "text-generation" else 0
+        self.length = min(job.length or LENGTH, task.max_length) if task.kind in TEXT else 0
         if job.length > task.max_length and self.length:
             raise BadInput(f"length {job.length}: {job.model} takes {task.max_length} tokens at most")
         out = Path(job.out)
         cache = Path(job.cache) if job.cache else out.parent / f".{out.name}.tokens"
         self.data = samples.opened(job.data, task, self.length, job.packing, cache)
+        if self.teacher is not None:
+            samples.told(self.data, self.teacher.task)
         self.held_out = (
             samples.opened(job.held_out, task, self.length, job.packing, cache) if job.held_out else None
         )
@@ -178,7 +187,7 @@ class Run:
         teacher = None
         if self.teacher is not None:
             with torch.no_grad():
-                teacher = self.teacher.call(batch, needs)
+                teacher = self.teacher.call(own(batch), needs) | {"mask": own(batch).get("attention_mask")}
         bf16 = self.job.precision == "bf16"
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16):
             made = student.forward(self.module, batch, needs, self.student.graph)

@@ -23,6 +23,7 @@ from wherry.task import Task
 
 Batch = dict[str, torch.Tensor]
 PIECE = 1 << 20  # characters of text that are tokenized at once
+TEACHER = "teacher:"  # before the names of inputs that are the teacher's own
 TEXTS = (".txt", ".text", ".md", ".jsonl")
 
 
@@ -145,6 +146,35 @@ class Examples:
 
 
 @dataclass
+class Sentences:
+    """Texts without labels for encoders, one per sample, cut to `length` tokens; `targets` say which tokens are real.
+
+    teacher: the task of a teacher that cuts texts into other tokens; its inputs then are there too, as `teacher:NAME`.
+    """
+
+    name: str
+    digest: str
+    texts: Sequence[str]
+    task: Task
+    length: int
+    teacher: Task | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def batch(self, ids: np.ndarray) -> Batch:
+        """The encoder's inputs by name, int64 [B, longest], and `targets` [B, longest]: 0, or IGNORE at padding."""
+        texts = [self.texts[int(i)] for i in ids]
+        made = self._inputs(self.task, texts, "")
+        made["targets"] = torch.where(made["attention_mask"] > 0, 0, IGNORE)
+        return made | (self._inputs(self.teacher, texts, TEACHER) if self.teacher else {})
+
+    def _inputs(self, task: Task, texts: list[str], prefix: str) -> Batch:
+        prepared = {name: array[:, : self.length or None].copy() for name, array in task.batch(texts).items()}
+        return {prefix + name: torch.from_numpy(array) for name, array in prepared.items()}
+
+
+@dataclass
 class Joined:
     """Several sources; the samples of each are numbered after those of the sources before it."""
 
@@ -185,6 +215,14 @@ class Joined:
         return {name: torch.cat([one[name] for one in made])[back] for name in made[0]}
 
 
+def told(data: Joined, teacher: Task) -> None:
+    """Let sentences be cut into the teacher's tokens too, where its tokenizer is another."""
+    for part in data.parts:
+        if isinstance(part, Sentences):
+            ours, theirs = ((task.folder / "tokenizer.json").read_bytes() for task in (part.task, teacher))
+            part.teacher = teacher if ours != theirs else None
+
+
 def opened(text: str, task: Task, length: int, packing: str, folder: Path, writes: bool = True) -> Joined:
     """The samples of "SOURCE*WEIGHT;SOURCE*WEIGHT".
 
@@ -214,6 +252,12 @@ def source(path: Path, task: Task, length: int, packing: str, folder: Path, writ
     if task.kind == "text-generation":
         return windows(path, task, length, packing, folder, writes)
     found = data.read(path)
+    if task.kind == "sentence-similarity":
+        parts = [part for each in found.examples for part in (each if isinstance(each, tuple) else (each,))]
+        texts = [line.strip() for part in parts if isinstance(part, str) for line in part.splitlines() if line.strip()]
+        if not texts:
+            raise BadInput(f"{found.name} has no texts: an encoder learns from sentences, one in a line")
+        return Sentences(found.name, found.digest, texts, task, length)
     if found.labels is None:
         raise BadInput(f"{found.name} has no labels: {task.kind} is learned from them. Give a column 'label'.")
     targets = data.targets(found, task)

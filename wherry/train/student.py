@@ -39,7 +39,7 @@ def forward(
     module: torch.nn.Module, batch: Mapping[str, Any], needs: frozenset[str] = frozenset(), graph: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """Outputs of a module for a batch, whose `targets` it is not shown."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "targets"}
+    inputs = {name: tensor for name, tensor in batch.items() if name != "targets" and ":" not in name}
     if graph:
         found = module(*(inputs[name] for name in graph))
         while isinstance(found, Mapping | tuple | list):
@@ -65,12 +65,14 @@ def opened(model: str | Path) -> Student:
     checkpoint = Checkpoint.open(model)
     if checkpoint.graph is not None:
         return _graph(checkpoint)
-    if checkpoint.task.kind != "text-generation":
+    if checkpoint.task.kind not in ("text-generation", "sentence-similarity"):
         raise Unsupported(
-            f"{model}: {checkpoint.task.kind} is not trained here; language models, classifiers and ONNX graphs are"
+            f"{model}: {checkpoint.task.kind} is not trained here; language models, sentence encoders, classifiers"
+            " and ONNX graphs are"
         )
     module = checkpoint.module()
-    return Student(checkpoint, checkpoint.task, _learning(module), (), int(checkpoint.config["vocab_size"]))
+    classes = int(checkpoint.config["vocab_size"]) if checkpoint.task.kind == "text-generation" else 0
+    return Student(checkpoint, checkpoint.task, _learning(module), (), classes)
 
 
 def _learning(module: torch.nn.Module) -> torch.nn.Module:

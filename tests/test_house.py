@@ -39,6 +39,7 @@ UPWARDS = {("api.py", "demo"): "a verb of the public interface whose work is a s
 HEAVY = (
     "torch", "onnx", "onnxruntime", "onnxruntime_genai", "openvino", "ray", "tensorflow", "transformers", "xllamacpp",
     "gguf", "compressed_tensors", "scipy", "matplotlib", "sklearn", "PIL", "av", "soundfile", "pyarrow", "captum",
+    "wherry_native",
 )  # fmt: skip
 LINES, LINES_QUANT, LINES_CLI = 400, 200, 300
 VAGUE = {"utils", "util", "base", "common", "helper", "helpers", "manager", "handler", "factory", "misc"}

@@ -17,7 +17,7 @@ FEATURES = ("avx2", "f16c", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx
 PACKAGES = {
     "torch": "torch", "transformers": "torch", "compressed-tensors": "torch", "gguf": "gguf", "xllamacpp": "gguf",
     "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnxruntime", "onnxruntime-genai": "onnx",
-    "scipy": "eval", "matplotlib": "eval",
+    "scipy": "eval", "matplotlib": "eval", "wherry-native": "native",
 }  # fmt: skip
 
 

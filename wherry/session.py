@@ -43,7 +43,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. temperature 0 = greedy."""
+    """How tokens are drawn. temperature 0 = greedy.
+
+    min_p: tokens below this share of the likeliest one's probability are left out.
+    repetition_penalty: divides the positive logits of every token in the text so far, multiplies negative ones.
+    presence_penalty, frequency_penalty: subtracted once, and per occurrence, for tokens of the answer.
+    """
 
     max_tokens: int = 128
     temperature: float = 0.0
@@ -51,6 +56,10 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
     stop: tuple[int, ...] = field(default=())  # token ids that end the answer (not returned)
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
 
 @runtime_checkable
@@ -97,8 +106,14 @@ class NoGenerate:
         raise NotImplementedError("this session does not generate text; use predict()")
 
 
-def draw(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:
-    """One token from logits [vocab]: greedy at temperature 0, else softmax cut by top_k, then by top_p."""
+def draw(
+    logits: np.ndarray, sampling: Sampling, random: np.random.Generator, text: Sequence[int] = (), prompt: int = 0
+) -> int:
+    """One token from logits [vocab]: penalties, greedy at temperature 0, else softmax cut by top_k, min_p, top_p.
+
+    text: all tokens so far, the first `prompt` of which are not the answer's; needed where there are penalties.
+    """
+    logits = penalized(logits, sampling, text, prompt)
     if sampling.temperature <= 0:
         return int(logits.argmax())
     order = np.argsort(-logits, kind="stable")
@@ -106,7 +121,39 @@ def draw(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) ->
         order = order[: sampling.top_k]
     scaled = logits[order].astype(np.float64) / sampling.temperature
     p = np.exp(scaled - scaled.max())
+    p = p[p >= sampling.min_p]
     p /= p.sum()
     kept = int(np.searchsorted(np.cumsum(p), sampling.top_p) + 1) if sampling.top_p < 1 else len(p)
     p = p[:kept] / p[:kept].sum()
     return int(order[random.choice(len(p), p=p)])
+
+
+def penalized(logits: np.ndarray, sampling: Sampling, text: Sequence[int], prompt: int) -> np.ndarray:
+    """Logits [vocab] after the penalties of tokens that were there."""
+    answer = np.asarray(text[prompt:], dtype=np.int64)
+    if sampling.repetition_penalty != 1 and len(text):
+        logits, seen = logits.copy(), np.unique(np.asarray(text, dtype=np.int64))
+        by = sampling.repetition_penalty
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / by, logits[seen] * by)
+    if (sampling.presence_penalty or sampling.frequency_penalty) and len(answer):
+        logits, (seen, count) = logits.copy(), np.unique(answer, return_counts=True)
+        logits[seen] -= sampling.presence_penalty + sampling.frequency_penalty * count
+    return logits
+
+
+def scored(logits: np.ndarray, following: Sequence[int], top_k: int) -> Score:
+    """A Score from logits [t, vocabulary] and the ids that follow each [t]."""
+    count, vocabulary = logits.shape
+    top_k = min(top_k, vocabulary)
+    logprob = np.empty(count, dtype=np.float32)
+    top_ids = np.empty((count, top_k), dtype=np.int64)
+    top_logprob = np.empty((count, top_k), dtype=np.float32)
+    for i, row in enumerate(logits):
+        wide = row.astype(np.float64)
+        most = wide.max()
+        norm = most + np.log(np.exp(wide - most).sum())
+        logprob[i] = wide[following[i]] - norm
+        best = np.argpartition(-row, top_k - 1)[:top_k]
+        top_ids[i] = best[np.lexsort((best, -row[best]))]
+        top_logprob[i] = wide[top_ids[i]] - norm
+    return Score(logprob, top_ids, top_logprob, logits)

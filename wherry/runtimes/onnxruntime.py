@@ -216,14 +216,15 @@ class Decoder(Loaded, NoPredict):
         if count < 1:
             return
         cache = self.cache(len(tokens) + count)
-        ids = np.array(tokens, np.int64)
+        ids, text = np.array(tokens, np.int64), list(tokens)
         for i in range(0, len(ids), CHUNK):
             logits = cache.step(ids[i : i + CHUNK])
         for i in range(count):
-            token = draw(logits[-1], sampling, random)
+            token = draw(logits[-1], sampling, random, text, len(tokens))
             if token in sampling.stop:
                 return
             yield token
+            text.append(token)
             if i + 1 < count:
                 logits = cache.step(np.array([token], np.int64))
 

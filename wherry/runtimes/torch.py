@@ -91,16 +91,18 @@ class Torch:
     def generate(self, tokens: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """One token at a time with transformers' own key-value cache."""
         random = np.random.default_rng(sampling.seed)
-        ids = torch.tensor([list(tokens)], device=self.device)
+        text = list(tokens)
+        ids = torch.tensor([text], device=self.device)
         cache = self._fresh().get("past_key_values")
         for _ in range(min(sampling.max_tokens, self.limit - len(tokens))):
             with self.lock:
                 out = self.module(input_ids=ids, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
-            token = draw(out.logits[0, -1].float().cpu().numpy(), sampling, random)
+            token = draw(out.logits[0, -1].float().cpu().numpy(), sampling, random, text, len(tokens))
             if token in sampling.stop:
                 return
             yield token
+            text.append(token)
             ids = torch.tensor([[token]], device=self.device)
 
     def _fresh(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import xllamacpp
 
 from wherry.errors import BadInput, Corrupt, Exhausted, Unsupported
 from wherry.formats.gguf.header import Header
-from wherry.session import NoPredict, Sampling, Score, draw
+from wherry.session import NoPredict, Sampling, Score, draw, scored
 
 BATCH = 512  # tokens of one llama_decode
 ROWS = 128  # tokens whose logits are held inside of llama.cpp at once
@@ -175,7 +175,7 @@ class Direct(NoPredict):
         return self._generate(ids, sampling)
 
     def _generate(self, ids: list[int], sampling: Sampling) -> Iterator[int]:
-        random = np.random.default_rng(sampling.seed)
+        random, prompt = np.random.default_rng(sampling.seed), len(ids)
         logits = np.empty((1, self.vocabulary), dtype=np.float32)
         first = True
         for _ in range(min(sampling.max_tokens, self.limit - len(ids))):
@@ -184,7 +184,7 @@ class Direct(NoPredict):
                 for begin in range(len(self.held), len(ids), BATCH):
                     self._decode(ids[begin : begin + BATCH], logits)
             first = False
-            token = draw(logits[0], sampling, random)
+            token = draw(logits[0], sampling, random, ids, prompt)
             if token in sampling.stop:
                 return
             yield token
@@ -242,24 +242,6 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
         if x != y:
             return i
     return min(len(a), len(b))
-
-
-def scored(logits: np.ndarray, following: Sequence[int], top_k: int) -> Score:
-    """A Score from logits [t, vocabulary] and the ids that follow each [t]."""
-    count, vocabulary = logits.shape
-    top_k = min(top_k, vocabulary)
-    logprob = np.empty(count, dtype=np.float32)
-    top_ids = np.empty((count, top_k), dtype=np.int64)
-    top_logprob = np.empty((count, top_k), dtype=np.float32)
-    for i, row in enumerate(logits):
-        wide = row.astype(np.float64)
-        most = wide.max()
-        norm = most + np.log(np.exp(wide - most).sum())
-        logprob[i] = wide[following[i]] - norm
-        best = np.argpartition(-row, top_k - 1)[:top_k]
-        top_ids[i] = best[np.lexsort((best, -row[best]))]
-        top_logprob[i] = wide[top_ids[i]] - norm
-    return Score(logprob, top_ids, top_logprob, logits)
 
 
 def last() -> str:

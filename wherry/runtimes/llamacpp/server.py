@@ -80,6 +80,8 @@ class Server(NoPredict):
 
     def generate(self, tokens: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """One token for each request, drawn here among the likeliest 256."""
+        if (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1, 0, 0):
+            raise BadInput("llama.cpp's server interface draws without penalties here; load with api=direct")
         return self._generate(self._checked(tokens, 1, self.limit - 1), sampling)
 
     def _generate(self, ids: list[int], sampling: Sampling) -> Iterator[int]:

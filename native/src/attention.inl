@@ -1,0 +1,126 @@
+// Attention over pages of bf16 keys and values, softmax block by block.
+//
+//   page of a head   keys [2][width / 2][16 positions][2], values [16 pairs of positions][width up to 16][2]
+// Source: Milakov, Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867.
+
+inline uint16_t brain(float f) {  // rounded to nearest, ties to even
+    uint32_t x = __builtin_bit_cast(uint32_t, f);
+    if ((x & 0x7fffffff) > 0x7f800000) return uint16_t(x >> 16 | 64);
+    return uint16_t((x + 0x7fff + ((x >> 16) & 1)) >> 16);
+}
+
+void store(const float* key, const float* value, int width, uint8_t* page, int slot) {
+    uint16_t* k = (uint16_t*)page + size_t(slot / 16) * width * 16 + slot % 16 * 2;
+    for (int d = 0; d < width / 2; d++) k[d * 32] = brain(key[2 * d]), k[d * 32 + 1] = brain(key[2 * d + 1]);
+    int wide = (width + 15) / 16 * 16;
+    uint16_t* v = (uint16_t*)page + size_t(PAGE) * wide + size_t(slot / 2) * wide * 2 + slot % 2;
+    for (int d = 0; d < width; d++) v[2 * d] = brain(value[d]);
+}
+
+// Scores of a page's 32 positions for M queries.
+template <int M> void scores(const uint8_t* page, int width, const Two* q, float* out, size_t stride) {
+    constexpr int V = 2;  // vectors at once
+    for (int at = 0; at < PAGE; at += V * LANES) {
+        vf f[V][M];
+        for (int v = 0; v < V; v++)
+            for (int m = 0; m < M; m++) f[v][m] = setf(0);
+        const uint8_t* p[V];
+        for (int v = 0; v < V; v++) {
+            int pos = at + v * LANES;
+            p[v] = page + (size_t(pos / 16) * width * 16 + pos % 16 * 2) * 2;
+        }
+        for (int d = 0; d < width / 2; d++)
+#pragma GCC unroll 2
+            for (int v = 0; v < V; v++) {
+                vi k = load(p[v] + d * 64);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++) f[v][m] = dot2(f[v][m], k, q[m * (width / 2) + d]);
+            }
+        for (int v = 0; v < V; v++)
+            for (int m = 0; m < M; m++) storef(out + m * stride + at + v * LANES, f[v][m]);
+    }
+}
+
+// out[m][0..wide) += probabilities of `pairs` pairs of positions times values
+template <int M> void values(const Attend& a, int block, int pairs, const Two* p, float* out) {
+    const int wide = (a.width + 15) / 16 * 16;
+    for (int d = 0; d < wide; d += LANES) {
+        vf f[M];
+        for (int m = 0; m < M; m++) f[m] = loadf(out + m * wide + d);
+        for (int at = 0; at < pairs; at += PAGE / 2) {
+            const uint8_t* v = a.base + a.page_bytes * a.pages[(block + 2 * at) / PAGE] + a.head_offset +
+                               size_t(PAGE) * wide * 2 + d * 4;
+            int n = pairs - at < PAGE / 2 ? pairs - at : PAGE / 2;
+            for (int i = 0; i < n; i++) {
+                vi w = load(v + size_t(i) * wide * 4);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++) f[m] = dot2(f[m], w, p[m * (BLOCK / 2) + at + i]);
+            }
+        }
+        for (int m = 0; m < M; m++) storef(out + m * wide + d, f[m]);
+    }
+}
+
+template <int M> void attend_m(Attend& a) {
+    const int wide = (a.width + 15) / 16 * 16, half = a.width / 2;
+    float* score = a.scratch;                       // [M][BLOCK]
+    Two* q = (Two*)(score + QUERIES * BLOCK);       // [M][width / 2], two floats each at most
+    Two* p = (Two*)((float*)q + QUERIES * wide);    // [M][BLOCK / 2]
+    for (int m = 0; m < M; m++) {
+        for (int d = 0; d < half; d++) q[m * half + d] = two(a.q[m][2 * d], a.q[m][2 * d + 1]);
+        for (int d = 0; d < wide; d++) a.out[m * wide + d] = 0;
+        a.most[m] = -__builtin_inff(), a.total[m] = 0;
+    }
+    for (int block = a.from / BLOCK * BLOCK; block < a.to; block += BLOCK) {
+        int low = a.from > block ? a.from - block : 0, high = a.to - block < BLOCK ? a.to - block : BLOCK;
+        int first = low / PAGE, last = (high + PAGE - 1) / PAGE;
+        for (int g = first; g < last; g++)
+            scores<M>(a.base + a.page_bytes * a.pages[block / PAGE + g] + a.head_offset, a.width, q, score + g * PAGE, BLOCK);
+        for (int m = 0; m < M; m++) {
+            float* s = score + m * BLOCK;
+            int b = a.begin[m] - block > low ? a.begin[m] - block : low, e = a.end[m] - block < high ? a.end[m] - block : high;
+            for (int i = first * PAGE; i < last * PAGE; i++) s[i] = i >= b && i < e ? s[i] : -__builtin_inff();
+            float top[16];
+            for (int l = 0; l < 16; l++) top[l] = -__builtin_inff();
+            for (int i = first * PAGE; i < last * PAGE; i += 16)
+                for (int l = 0; l < 16; l++) top[l] = s[i + l] > top[l] ? s[i + l] : top[l];
+            float most = a.most[m];
+            for (int l = 0; l < 16; l++) most = top[l] > most ? top[l] : most;
+            if (b >= e) {
+                for (int i = 0; i < (high + 1) / 2; i++) p[m * (BLOCK / 2) + i] = two(0, 0);
+                continue;
+            }
+            if (a.most[m] < most && a.total[m] > 0) {
+                float by = exponent(a.most[m] - most);
+                a.total[m] *= by;
+                for (int d = 0; d < wide; d++) a.out[m * wide + d] *= by;
+            }
+            a.most[m] = most;
+            float sum[16] = {};
+            for (int i = first * PAGE; i < last * PAGE; i += 16)
+                for (int l = 0; l < 16; l++) {
+                    float v = s[i + l] > -1e30f ? exponent(s[i + l] - most) : 0.0f;
+                    s[i + l] = v, sum[l] += v;
+                }
+            for (int l = 0; l < 16; l++) a.total[m] += sum[l];
+            for (int i = first * PAGE / 2; i < (high + 1) / 2; i++) p[m * (BLOCK / 2) + i] = two(s[2 * i], s[2 * i + 1]);
+            for (int i = 0; i < first * PAGE / 2; i++) p[m * (BLOCK / 2) + i] = two(0, 0);
+        }
+        values<M>(a, block, (high + 1) / 2, p, a.out);
+    }
+}
+
+void attend(Attend& a) {
+    switch (a.queries) {
+        case 1: return attend_m<1>(a);
+        case 2: return attend_m<2>(a);
+        case 3: return attend_m<3>(a);
+        case 4: return attend_m<4>(a);
+        case 5: return attend_m<5>(a);
+        case 6: return attend_m<6>(a);
+        case 7: return attend_m<7>(a);
+        default: return attend_m<8>(a);
+    }
+}
+
+const Kernels TABLE = {ISA_NAME, quantize, norm, silu, panel, pair, turn, store, attend};

@@ -1,0 +1,64 @@
+// 16 lanes of AVX-512 VNNI; with BF16 where the compiler was told so.
+#pragma once
+#include <immintrin.h>
+
+using vi = __m512i;
+using vf = __m512;
+constexpr int LANES = 16;
+constexpr int PAIR = 6;  // activations that one pass over two panels takes
+#define MANY(F) F(8) F(4) F(2) F(1)
+
+inline vi load(const void* p) { return _mm512_loadu_si512(p); }
+inline vf loadf(const float* p) { return _mm512_loadu_ps(p); }
+inline void storef(float* p, vf v) { _mm512_storeu_ps(p, v); }
+inline vf setf(float v) { return _mm512_set1_ps(v); }
+inline vi seti(int v) { return _mm512_set1_epi32(v); }
+inline vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+inline vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
+inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+inline vf cvt(vi a) { return _mm512_cvtepi32_ps(a); }
+inline vi band(vi a, vi b) { return _mm512_and_si512(a, b); }
+inline vi bor(vi a, vi b) { return _mm512_or_si512(a, b); }
+template <int S> inline vi shift(vi a) {  // right; left where S is negative. 16-bit lanes.
+    if constexpr (S > 0) return _mm512_srli_epi16(a, S);
+    else if constexpr (S < 0) return _mm512_slli_epi16(a, -S);
+    else return a;
+}
+inline vi bytes(int v) { return _mm512_set1_epi8(char(v)); }
+inline vf half16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline vf brain16(const void* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+inline vf small16(const void* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+
+// acc + sum over N groups of 4: unsigned codes of at most BITS bits times signed x
+template <int BITS, int N> inline vi dot(vi acc, const vi* w, const int8_t* x) {
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) {
+        int four;
+        __builtin_memcpy(&four, x + 4 * j, 4);
+        acc = _mm512_dpbusd_epi32(acc, w[j], _mm512_set1_epi32(four));
+    }
+    return acc;
+}
+inline vi dot1(vi acc, vi w, vi x) { return _mm512_dpbusd_epi32(acc, w, x); }
+inline void ahead(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+#ifdef __AVX512BF16__
+using Two = unsigned;  // two bf16
+inline Two two(float a, float b) {
+    __m128bh v = _mm_cvtneps_pbh(_mm_setr_ps(a, b, 0, 0));
+    return (Two)_mm_cvtsi128_si32((__m128i)v);
+}
+inline vf dot2(vf acc, vi pairs, Two q) {
+    return _mm512_dpbf16_ps(acc, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32((int)q));
+}
+#else
+struct Two { float a, b; };
+inline Two two(float a, float b) { return {a, b}; }
+inline vf dot2(vf acc, vi pairs, Two q) {
+    vf low = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    vf high = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
+    return fma(high, setf(q.b), fma(low, setf(q.a), acc));
+}
+#endif

@@ -1,0 +1,48 @@
+// Plain C++: any processor. Also the model for a new instruction set (NEON: 4 lanes, vusdotq or vdotq for `dot`).
+#pragma once
+#include <cstdint>
+
+#include "pack.h"
+
+constexpr int LANES = 8;
+constexpr int PAIR = 0;
+#define MANY(F) F(1)
+
+struct vi { uint32_t v[LANES]; };
+struct vf { float v[LANES]; };
+#define EACH for (int l = 0; l < LANES; l++)
+
+inline vi load(const void* p) { vi r; __builtin_memcpy(&r, p, sizeof r); return r; }
+inline vf loadf(const float* p) { vf r; __builtin_memcpy(&r, p, sizeof r); return r; }
+inline void storef(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
+inline vf setf(float a) { vf r; EACH r.v[l] = a; return r; }
+inline vi seti(int a) { vi r; EACH r.v[l] = uint32_t(a); return r; }
+inline vf mul(vf a, vf b) { EACH a.v[l] *= b.v[l]; return a; }
+inline vf add(vf a, vf b) { EACH a.v[l] += b.v[l]; return a; }
+inline vf fma(vf a, vf b, vf c) { EACH c.v[l] += a.v[l] * b.v[l]; return c; }
+inline vf cvt(vi a) { vf r; EACH r.v[l] = float(int32_t(a.v[l])); return r; }
+inline vi band(vi a, vi b) { EACH a.v[l] &= b.v[l]; return a; }
+inline vi bor(vi a, vi b) { EACH a.v[l] |= b.v[l]; return a; }
+template <int S> inline vi shift(vi a) {  // what crosses bytes is masked by the caller
+    if constexpr (S > 0) EACH a.v[l] >>= S;
+    if constexpr (S < 0) EACH a.v[l] <<= -S;
+    return a;
+}
+inline vi bytes(int v) { return seti(int(uint32_t(v) * 0x01010101u)); }
+inline vf half16(const void* p) { vf r; EACH { uint16_t h; __builtin_memcpy(&h, (const char*)p + 2 * l, 2); r.v[l] = wherry::half_to_float(h); } return r; }
+inline vf brain16(const void* p) { vf r; EACH { uint16_t h; __builtin_memcpy(&h, (const char*)p + 2 * l, 2); r.v[l] = __builtin_bit_cast(float, uint32_t(h) << 16); } return r; }
+inline vf small16(const void* p) { vf r; EACH r.v[l] = float(((const int8_t*)p)[l]); return r; }
+
+template <int BITS, int N> inline vi dot(vi acc, const vi* w, const int8_t* x) {
+    for (int j = 0; j < N; j++)
+        EACH for (int i = 0; i < 4; i++) acc.v[l] += uint32_t(int32_t((w[j].v[l] >> 8 * i) & 255) * x[4 * j + i]);
+    return acc;
+}
+inline void ahead(const void*) {}
+
+struct Two { float a, b; };
+inline Two two(float a, float b) { return {a, b}; }
+inline vf dot2(vf acc, vi pairs, Two q) {
+    EACH acc.v[l] += __builtin_bit_cast(float, pairs.v[l] << 16) * q.a + __builtin_bit_cast(float, pairs.v[l] & 0xffff0000u) * q.b;
+    return acc;
+}

@@ -1,0 +1,15 @@
+#include <immintrin.h>
+
+#include "weight.h"
+#define LANES_16 0
+#define ISA_NAME "avxvnni"
+
+namespace wherry {
+namespace {
+#include "isa_avx2.h"
+#include "kernels.inl"
+#include "attention.inl"
+}  // namespace
+extern const Kernels* const kernels_avxvnni;
+const Kernels* const kernels_avxvnni = &TABLE;
+}  // namespace wherry

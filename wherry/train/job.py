@@ -20,6 +20,7 @@ class Job:
     """A training run.
 
     model: folder, file or hub id of the student. out: what the run makes. teacher: a model, or the folder of a cache.
+    top: the teacher's k likeliest classes are asked once and kept on disk; 0: the teacher stays in memory.
     data, held_out: text, table, folder or array file; several joined by `;`, each with `*WEIGHT` for its share.
     recipe: the steps of `objective`. steps: updates, or 0 and epochs.
     batch: samples per update, over all ranks. micro_batch: samples at once on a rank; 0 = all of its share.
@@ -38,6 +39,7 @@ class Job:
     out: str
     data: str
     teacher: str = ""
+    top: int = 0
     held_out: str = ""
     recipe: str = "ce"
     steps: int = 0

@@ -19,6 +19,7 @@ from wherry import __version__
 from wherry.errors import BadInput, Diverged
 from wherry.journal import Journal
 from wherry.objective import IGNORE, Objective
+from wherry.train import cache as teachers
 from wherry.train import mesh, order, rate, samples, student
 from wherry.train.job import Job
 from wherry.train.samples import Batch
@@ -78,6 +79,8 @@ class Run:
         for step in self.objective.having("prepare"):
             step.prepare(self.student.module, self.student.checkpoint)
         self.module = self.student.module.to(world.device)
+        if job.top:
+            self._cache(cache)
         student.norms(self.module, job.norms)
         self.optimizers = rate.optimizers(job, self.module.named_parameters())
 
@@ -96,6 +99,21 @@ class Run:
         made.module.eval().requires_grad_(False)
         made.module.to(self.world.device)
         return made
+
+    def _cache(self, folder: Path) -> None:
+        """Ask the teacher once, keep its answers, let it go."""
+        job, world, teacher = self.job, self.world, self.teacher
+        assert teacher is not None
+        facts = teachers.Facts(
+            top=job.top, temperature=next(s.temperature for s in self.objective.steps if hasattr(s, "temperature")),
+            classes=self.student.classes, dtype="float16", teacher=teacher.checkpoint.source.fingerprint(),
+            data=self.data.digest, length=self.length,
+        )  # fmt: skip
+        each = (order.share(order.mixed(step, job.batch, self.data.sizes, self.data.weights, job.seed),
+                            world.data_rank, world.data_size) for step in range(self.steps))  # fmt: skip
+        self.data = teachers.answered(teacher, self.data, each, folder / "teacher", facts, world.data_rank,
+                                   lambda: None, quiet, self.steps)  # fmt: skip
+        self.teacher = self.data.cached
 
     def go(self, progress: Progress) -> dict[str, Any]:
         """All updates, then the export."""

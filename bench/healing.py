@@ -4,18 +4,20 @@
     python -m bench.healing --only w2 depth --steps 150
     python -m bench.healing --table
 
-Model: the project's own decoder (bench/decoder/model), which is its own teacher. It is healed on its training text (the Bible
-and Webster's dictionary, without the parts that bench/decoder/text.py keeps apart), and judged on text from another
-source than any training: Shakespeare (WHERRY_DATA/tinyshakespeare.txt), and on the parts kept apart (Acts, letter J).
+Model: the project's own decoder (bench/decoder/model), which is its own teacher. It is healed on its training text
+(the Bible and Webster's dictionary, without the parts that bench/decoder/text.py keeps apart), and judged on text
+from another source than any training: Shakespeare (WHERRY_DATA/tinyshakespeare.txt), and on
+the parts kept apart (Acts, letter J).
 
-    w2       linears at 2 bits, groups of 64, by gptq (w2 rtn: by rtn), before and after `kl | qat`; then `rtn` finds the
-             codes again
+    w2       linears at 2 bits, groups of 64, by gptq (w2 rtn: by rtn), before and after `kl | qat`; then `rtn`
+             finds the codes again
     ternary  the same at -1, 0, 1 (W1.58A16); binary: at -1, 1 (W1A16)
     depth    one of four layers dropped, the one whose loss hurts least on Romans, before and after `kl`
     float    the float model in the same steps, by `ce`: what more training alone does on these texts
 
 Perplexity on foreign text may fall when weights are rounded, by chance; KL(float || model) on it, in nats per token,
-cannot, and says how much of the model came back. `top` is the number of the teacher's classes that are cached; 0: the teacher in memory. Seconds are of this process's CPU.
+cannot, and says how much of the model came back. `top` is the number of the teacher's classes that are cached; 0: the
+teacher is in memory. Seconds are of this process's CPU.
 """
 
 import argparse
@@ -44,7 +46,7 @@ from wherry.train.loop import run
 HERE = Path(__file__).parent
 MODEL = HERE / "decoder" / "model"
 RESULTS = HERE / "results" / "healing.json"
-GROUP, LENGTH, BATCH, WINDOWS = 64, 256, 8, 48
+GROUP, LENGTH, BATCH, WINDOWS = 64, 256, 8, 32
 SCHEMES = {"w2": "W2A16_ASYM", "ternary": "W1.58A16", "binary": "W1A16"}
 WAYS = ("w2 rtn", "w2", "w2 top=64", "depth", "depth top=64", "ternary", "binary", "float")
 Row = dict[str, Any]
@@ -174,7 +176,7 @@ def main() -> None:
     """Measure what is wanted, each row written as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(WAYS), help="ways, such as w2 or 'w2 top=64'")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--table", action="store_true", help="print the rows that are there; measure nothing")
     args = parser.parse_args()
@@ -196,8 +198,6 @@ def data_hash() -> str:
     for file in texts().values():
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
 
 
 if __name__ == "__main__":

@@ -152,6 +152,13 @@ def in_graph(scheme: Scheme, role: str, step: Pass) -> tuple[Scheme, str]:
         if not scheme.activations.dynamic:
             return scheme, ""
         return row, f"{row}: dynamic int8 convolutions run several times slower than float on CPUs; take W8A8_STATIC"
+    if role == "convolution" and scheme.activations is None and scheme.bits <= 2:
+        if scheme.table == "binary" and scheme.planes == 1:
+            ternary = PRESETS["W1.58A16"].with_group(-1)
+            return ternary, f"{ternary} in place of {scheme}: ONNX has no integers of 1 bit; +-s stay so"
+        if scheme.kind == "int" and scheme.symmetric and scheme.bits == 2:
+            own = scheme.with_group(-1)
+            return own, "" if own == scheme else f"{own}: a convolution has one scale per output"
     if role == "recurrent" and scheme.activations is not None:
         return row, f"no integer product of recurrent layers: {row}, computed in float"
     return row, "" if row == scheme else f"{row} in place of {scheme}: ONNX has no blocks for a {role} weight"

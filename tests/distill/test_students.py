@@ -1,6 +1,7 @@
 """What changes a student: grids, adapters, masks; each against its definition, alone and together."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,3 +214,36 @@ def test_what_cannot_be_trained_is_refused() -> None:
         Lora(rank=0)
     with pytest.raises(BadInput, match="nowhere"):
         Lora(targets=("nowhere",)).prepare(network())
+
+
+def test_a_ternary_graph_lies_in_two_bits_and_runs(tmp_path: Path) -> None:
+    """Trained with qat, captured, compressed by rtn: the file's answers are the trained module's."""
+    import numpy as np
+    import onnxruntime
+
+    from wherry import api
+    from wherry.capture import capture
+    from wherry.checkpoint import Checkpoint
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 64, 3), nn.ReLU(), nn.Flatten(),
+                        nn.Linear(64 * 36, 10))  # fmt: skip
+    steps = [QAT(scheme=Scheme.parse("W1A16,group_size=-1"), portable=False, targets=("2",)),
+             QAT(scheme=Scheme.parse("W1.58A16,group_size=-1"), portable=False, targets=("0", "5"))]  # fmt: skip
+    for step in steps:
+        step.prepare(net)
+    train(net, 4)
+    for step in steps:
+        step.finish(net)
+    x = torch.randn(5, 3, 8, 8)
+    capture(net, tmp_path / "m", {"input": x})
+    api.compress(str(tmp_path / "m" / "model.onnx"), tmp_path / "o", recipe="rtn:scheme=W1.58A16,group_size=-1")
+    session = onnxruntime.InferenceSession(str(tmp_path / "o" / "model.onnx"), providers=["CPUExecutionProvider"])
+    got = session.run(None, {"input": x.numpy()})[0]
+    wanted = net.eval()(x).detach().numpy()
+    assert np.abs(got - wanted).max() < 1e-4 * np.abs(wanted).max()
+    packed = Checkpoint.open(tmp_path / "o")
+    for name in packed.graph.layers:
+        assert packed.scheme(name).bits == 2
+    size = sum(f.stat().st_size for f in (tmp_path / "o").glob("model.onnx*"))
+    weights = sum(p.numel() for p in net.parameters() if p.ndim > 1)
+    assert size < weights / 4 + 9000  # two bits each, and the graph

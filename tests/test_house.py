@@ -28,7 +28,7 @@ FLOORS = {
     "serve": 6, "evaluate": 6, "page": 6, "card": 6,
     "board": 7, "options": 7, "choose": 7, "opened": 7, "prove": 7, "deliver": 7, "describe": 7, "summary": 7,
     "doctor": 7, "judge": 7,
-    "explain": 7, "judging": 8, "api": 7,
+    "explain": 7, "judging": 8, "training": 8, "api": 7,
     "demo": 8, "cli": 8, "__main__": 8,
 }  # fmt: skip
 SHELVES = ("quant", "prune", "formats", "runtimes", "distill")  # their entries never import one another

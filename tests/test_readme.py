@@ -13,6 +13,7 @@ import pytest
 import typer
 
 from wherry.cli import app
+from wherry.objective import Objective
 from wherry.recipe import Recipe
 from wherry.shelf import SHELVES, names
 
@@ -50,7 +51,7 @@ def check(words: list[str]) -> None:
     except Exception as error:
         raise AssertionError(f"wherry {shlex.join(words)}: {getattr(error, 'message', error)}") from error
     if context.params.get("recipe"):
-        Recipe.parse(context.params["recipe"])
+        (Objective if words[0] in ("train", "distill", "heal") else Recipe).parse(context.params["recipe"])
     for name in filter(None, str(context.params.get("format") or "").split(",")):
         assert name in names("formats")
     if words[0] == "list":

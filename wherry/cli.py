@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
-from wherry import __version__, judging, shelf
+from wherry import __version__, judging, shelf, training
 from wherry.board import bar, err, show, verdict
 from wherry.errors import Error
 from wherry.options import (
@@ -145,6 +145,7 @@ def export(
 
 
 app.add_typer(judging.app)  # verify, evaluate, explain, compare, measure
+app.add_typer(training.app)  # train, distill, heal, launch
 
 
 @app.command()

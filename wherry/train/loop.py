@@ -297,7 +297,7 @@ class Run:
             ids = np.arange(start + rank * size, min(start + (rank + 1) * size, len(data)))
             batch = data.batch(ids if len(ids) else np.zeros(1, np.int64))
             if not len(ids):
-                batch["targets"].fill_(IGNORE)
+                batch["targets"] = torch.full_like(batch["targets"], IGNORE)
             yield batch
 
     def _result(self, seconds: float, flops: int, before: Any, after: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def made(fields: dict[str, Any], more: list[str] | None) -> Any:
     """The job of named fields and of `--set name=value`. Raises BadInput."""
     from typing import get_args, get_type_hints
 
-    from wherry.gait import coerce
+    from wherry.knobs import coerce
     from wherry.train.job import Job
 
     hints = get_type_hints(Job)

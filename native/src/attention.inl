@@ -79,32 +79,33 @@ template <int M> void attend_m(Attend& a) {
         for (int m = 0; m < M; m++) {
             float* s = score + m * BLOCK;
             int b = a.begin[m] - block > low ? a.begin[m] - block : low, e = a.end[m] - block < high ? a.end[m] - block : high;
-            for (int i = first * PAGE; i < last * PAGE; i++) s[i] = i >= b && i < e ? s[i] : -__builtin_inff();
-            float top[16];
-            for (int l = 0; l < 16; l++) top[l] = -__builtin_inff();
-            for (int i = first * PAGE; i < last * PAGE; i += 16)
-                for (int l = 0; l < 16; l++) top[l] = s[i + l] > top[l] ? s[i + l] : top[l];
-            float most = a.most[m];
-            for (int l = 0; l < 16; l++) most = top[l] > most ? top[l] : most;
+            Two* pm = p + m * (BLOCK / 2);
             if (b >= e) {
-                for (int i = 0; i < (high + 1) / 2; i++) p[m * (BLOCK / 2) + i] = two(0, 0);
+                for (int i = 0; i < last * PAGE / 2; i++) pm[i] = two(0, 0);
                 continue;
             }
+            for (int i = first * PAGE; i < b; i++) s[i] = -__builtin_inff();
+            for (int i = e; i < last * PAGE; i++) s[i] = -__builtin_inff();
+            vf peak = setf(a.most[m]);
+            for (int i = first * PAGE; i < last * PAGE; i += LANES) peak = maxf(peak, loadf(s + i));
+            const float most = top(peak);
             if (a.most[m] < most && a.total[m] > 0) {
                 float by = exponent(a.most[m] - most);
                 a.total[m] *= by;
-                for (int d = 0; d < wide; d++) a.out[m * wide + d] *= by;
+                for (int d = 0; d < wide; d += LANES) storef(a.out + m * wide + d, mul(loadf(a.out + m * wide + d), setf(by)));
             }
             a.most[m] = most;
-            float sum[16] = {};
-            for (int i = first * PAGE; i < last * PAGE; i += 16)
-                for (int l = 0; l < 16; l++) {
-                    float v = s[i + l] > -1e30f ? exponent(s[i + l] - most) : 0.0f;
-                    s[i + l] = v, sum[l] += v;
-                }
-            for (int l = 0; l < 16; l++) a.total[m] += sum[l];
-            for (int i = first * PAGE / 2; i < (high + 1) / 2; i++) p[m * (BLOCK / 2) + i] = two(s[2 * i], s[2 * i + 1]);
-            for (int i = 0; i < first * PAGE / 2; i++) p[m * (BLOCK / 2) + i] = two(0, 0);
+            vf sum = setf(0);
+            for (int i = first * PAGE; i < last * PAGE; i += LANES) {
+                vf v = exponent(subf(loadf(s + i), setf(most)));
+                storef(s + i, v);
+                sum = add(sum, v);
+            }
+            for (int i = first * PAGE; i < b; i++) s[i] = 0;  // e^-87 is small, but what is not seen counts nothing
+            for (int i = e; i < last * PAGE; i++) s[i] = 0;
+            a.total[m] += total(sum);
+            twos(s + first * PAGE, (last - first) * PAGE, pm + first * PAGE / 2);
+            for (int i = 0; i < first * PAGE / 2; i++) pm[i] = two(0, 0);
         }
         values<M>(a, block, (high + 1) / 2, p, a.out);
     }

@@ -16,7 +16,36 @@ inline vi seti(int v) { return _mm256_set1_epi32(v); }
 inline vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 inline vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
 inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+inline vf subf(vf a, vf b) { return _mm256_sub_ps(a, b); }
+inline vf divf(vf a, vf b) { return _mm256_div_ps(a, b); }
+inline vf maxf(vf a, vf b) { return _mm256_max_ps(a, b); }
+inline vf minf(vf a, vf b) { return _mm256_min_ps(a, b); }
+inline vf absf(vf a) { return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))); }
+inline float top(vf a) {
+    float v[8], m;
+    _mm256_storeu_ps(v, a);
+    m = v[0];
+    for (int i = 1; i < 8; i++) m = v[i] > m ? v[i] : m;
+    return m;
+}
+inline float total(vf a) {
+    float v[8];
+    _mm256_storeu_ps(v, a);
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+inline vi nearest(vf a) { return _mm256_cvtps_epi32(a); }
+inline vf power(vi a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(a, _mm256_set1_epi32(127)), 23)); }
+inline int total(vi a) {
+    int v[8];
+    _mm256_storeu_si256((vi*)v, a);
+    return v[0] + v[1] + v[2] + v[3] + v[4] + v[5] + v[6] + v[7];
+}
+inline void narrow(int8_t* p, vi a) {
+    __m128i s = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(s, s));
+}
 inline vf cvt(vi a) { return _mm256_cvtepi32_ps(a); }
+inline vi addi(vi a, vi b) { return _mm256_add_epi32(a, b); }
 inline vi band(vi a, vi b) { return _mm256_and_si256(a, b); }
 inline vi bor(vi a, vi b) { return _mm256_or_si256(a, b); }
 template <int S> inline vi shift(vi a) {
@@ -69,6 +98,7 @@ inline void ahead(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 struct Two { float a, b; };
 inline Two two(float a, float b) { return {a, b}; }
+inline void twos(const float* p, int n, Two* out) { __builtin_memcpy((void*)out, p, size_t(n) * 4); }
 inline vf dot2(vf acc, vi pairs, Two q) {
     vf low = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
     vf high = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));

@@ -16,7 +16,19 @@ inline vi seti(int v) { return _mm512_set1_epi32(v); }
 inline vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 inline vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
 inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+inline vf subf(vf a, vf b) { return _mm512_sub_ps(a, b); }
+inline vf divf(vf a, vf b) { return _mm512_div_ps(a, b); }
+inline vf maxf(vf a, vf b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+inline vf minf(vf a, vf b) { return _mm512_min_ps(a, b); }
+inline vf absf(vf a) { return _mm512_abs_ps(a); }
+inline float top(vf a) { return _mm512_reduce_max_ps(a); }
+inline float total(vf a) { return _mm512_reduce_add_ps(a); }
+inline vi nearest(vf a) { return _mm512_cvtps_epi32(a); }
+inline vf power(vi a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(a, _mm512_set1_epi32(127)), 23)); }
+inline int total(vi a) { return _mm512_reduce_add_epi32(a); }
+inline void narrow(int8_t* p, vi a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
 inline vf cvt(vi a) { return _mm512_cvtepi32_ps(a); }
+inline vi addi(vi a, vi b) { return _mm512_add_epi32(a, b); }
 inline vi band(vi a, vi b) { return _mm512_and_si512(a, b); }
 inline vi bor(vi a, vi b) { return _mm512_or_si512(a, b); }
 template <int S> inline vi shift(vi a) {  // right; left where S is negative. 16-bit lanes.
@@ -50,12 +62,17 @@ inline Two two(float a, float b) {
     __m128bh v = _mm_cvtneps_pbh(_mm_setr_ps(a, b, 0, 0));
     return (Two)_mm_cvtsi128_si32((__m128i)v);
 }
+inline void twos(const float* p, int n, Two* out) {  // n a multiple of 32
+    for (int i = 0; i < n; i += 32)
+        _mm512_storeu_si512(out + i / 2, (__m512i)_mm512_cvtne2ps_pbh(loadf(p + i + 16), loadf(p + i)));
+}
 inline vf dot2(vf acc, vi pairs, Two q) {
     return _mm512_dpbf16_ps(acc, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32((int)q));
 }
 #else
 struct Two { float a, b; };
 inline Two two(float a, float b) { return {a, b}; }
+inline void twos(const float* p, int n, Two* out) { __builtin_memcpy((void*)out, p, size_t(n) * 4); }
 inline vf dot2(vf acc, vi pairs, Two q) {
     vf low = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
     vf high = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));

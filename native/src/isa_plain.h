@@ -20,7 +20,19 @@ inline vi seti(int a) { vi r; EACH r.v[l] = uint32_t(a); return r; }
 inline vf mul(vf a, vf b) { EACH a.v[l] *= b.v[l]; return a; }
 inline vf add(vf a, vf b) { EACH a.v[l] += b.v[l]; return a; }
 inline vf fma(vf a, vf b, vf c) { EACH c.v[l] += a.v[l] * b.v[l]; return c; }
+inline vf subf(vf a, vf b) { EACH a.v[l] -= b.v[l]; return a; }
+inline vf divf(vf a, vf b) { EACH a.v[l] /= b.v[l]; return a; }
+inline vf maxf(vf a, vf b) { EACH a.v[l] = a.v[l] > b.v[l] ? a.v[l] : b.v[l]; return a; }
+inline vf minf(vf a, vf b) { EACH a.v[l] = a.v[l] < b.v[l] ? a.v[l] : b.v[l]; return a; }
+inline vf absf(vf a) { EACH a.v[l] = __builtin_fabsf(a.v[l]); return a; }
+inline float top(vf a) { float m = a.v[0]; EACH m = a.v[l] > m ? a.v[l] : m; return m; }
+inline float total(vf a) { float s = 0; EACH s += a.v[l]; return s; }
+inline vi nearest(vf a) { vi r; EACH r.v[l] = uint32_t(int32_t(__builtin_rintf(a.v[l]))); return r; }
+inline vf power(vi a) { vf r; EACH r.v[l] = __builtin_bit_cast(float, (a.v[l] + 127) << 23); return r; }
+inline int total(vi a) { uint32_t s = 0; EACH s += a.v[l]; return int(s); }
+inline void narrow(int8_t* p, vi a) { EACH p[l] = int8_t(a.v[l]); }
 inline vf cvt(vi a) { vf r; EACH r.v[l] = float(int32_t(a.v[l])); return r; }
+inline vi addi(vi a, vi b) { EACH a.v[l] += b.v[l]; return a; }
 inline vi band(vi a, vi b) { EACH a.v[l] &= b.v[l]; return a; }
 inline vi bor(vi a, vi b) { EACH a.v[l] |= b.v[l]; return a; }
 template <int S> inline vi shift(vi a) {  // what crosses bytes is masked by the caller
@@ -42,6 +54,7 @@ inline void ahead(const void*) {}
 
 struct Two { float a, b; };
 inline Two two(float a, float b) { return {a, b}; }
+inline void twos(const float* p, int n, Two* out) { __builtin_memcpy((void*)out, p, size_t(n) * 4); }
 inline vf dot2(vf acc, vi pairs, Two q) {
     EACH acc.v[l] += __builtin_bit_cast(float, pairs.v[l] << 16) * q.a + __builtin_bit_cast(float, pairs.v[l] & 0xffff0000u) * q.b;
     return acc;

@@ -3,20 +3,22 @@
 
 // ---- rows
 
-inline float exponent(float x) {  // e^x within 2e-7 for x in [-87, 88]; the ends are held
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    float z = x * 1.44269504f;
-    int i = int(z + (z < 0 ? -0.5f : 0.5f));
-    float f = (x - float(i) * 0.693359375f) + float(i) * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * f + 1.3981999507e-3f;
-    p = p * f + 8.3334519073e-3f;
-    p = p * f + 4.1665795894e-2f;
-    p = p * f + 1.6666665459e-1f;
-    p = p * f + 5.0000001201e-1f;
-    p = p * f * f + f + 1.0f;
-    return p * __builtin_bit_cast(float, (i + 127) << 23);
+inline vf exponent(vf x) {  // e^x within 2e-7 for x in [-87, 88]; the ends are held
+    x = maxf(setf(-87.0f), minf(setf(88.0f), x));  // in this order NaN stays
+    vi i = nearest(mul(x, setf(1.44269504f)));
+    vf n = cvt(i), f = fma(n, setf(2.12194440e-4f), fma(n, setf(-0.693359375f), x));
+    vf p = fma(setf(1.9875691500e-4f), f, setf(1.3981999507e-3f));
+    p = fma(p, f, setf(8.3334519073e-3f));
+    p = fma(p, f, setf(4.1665795894e-2f));
+    p = fma(p, f, setf(1.6666665459e-1f));
+    p = fma(p, f, setf(5.0000001201e-1f));
+    return mul(add(fma(mul(p, f), f, f), setf(1.0f)), power(i));
+}
+
+inline float exponent(float x) {
+    float v[LANES];
+    storef(v, exponent(setf(x)));
+    return v[0];
 }
 
 void quantize(const float* x, int k, int8_t* q, float* scale, int32_t* sum) {
@@ -27,42 +29,45 @@ void quantize(const float* x, int k, int8_t* q, float* scale, int32_t* sum) {
             for (int i = 0; i < GROUP; i++) padded[i] = i < k - g * GROUP ? x[i] : 0.0f;
             row = padded;
         }
-        int most = 0;  // of |x| as bits, which are ordered as the numbers are; NaN and infinity stay visible
-        for (int i = 0; i < GROUP; i++) {
-            int b = __builtin_bit_cast(int, row[i]) & 0x7fffffff;
-            most = b > most ? b : most;
+        vf most = setf(0), nan = setf(0);
+        for (int i = 0; i < GROUP; i += LANES) {
+            vf v = loadf(row + i);
+            most = maxf(absf(v), most);
+            nan = add(nan, mul(v, setf(0)));  // maxima lose NaN; this keeps it, and infinity
         }
-        float top = __builtin_bit_cast(float, most);
-        float inverse = top > 1e-30f ? 127.0f / top : 0.0f;
-        scale[g] = top > 1e-30f || top != top ? top / 127.0f : 0.0f;
-        int s[2] = {0, 0};
-        for (int h = 0; h < 2; h++)
-            for (int i = 0; i < 16; i++) {
-                float v = row[16 * h + i] * inverse;
-                v = v > 127.0f ? 127.0f : v;
-                v = v < -127.0f ? -127.0f : v;
-                int r = int(v + (v < 0 ? -0.5f : 0.5f));
-                q[16 * h + i] = int8_t(r);
-                s[h] += r;
+        float highest = top(most), wrong = total(nan);
+        bool some = highest > 1e-30f;
+        scale[g] = wrong != wrong ? wrong : some ? highest / 127.0f : 0.0f;
+        vf by = setf(some && wrong == wrong ? 127.0f / highest : 0.0f);
+        for (int h = 0; h < 2; h++) {
+            vi s = seti(0);
+            for (int i = 16 * h; i < 16 * h + 16; i += LANES) {
+                vi r = nearest(mul(loadf(row + i), by));
+                narrow(q + i, r);
+                s = addi(s, r);
             }
-        sum[2 * g] = s[0], sum[2 * g + 1] = s[1];
+            sum[2 * g + h] = total(s);
+        }
     }
 }
 
 void norm(const float* x, const float* w, float eps, int n, float* out) {
-    float lanes[16] = {};
+    vf lanes = setf(0);
     int i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (int l = 0; l < 16; l++) lanes[l] += x[i + l] * x[i + l];
-    float sum = 0;
+    for (; i + LANES <= n; i += LANES) lanes = fma(loadf(x + i), loadf(x + i), lanes);
+    float sum = total(lanes);
     for (; i < n; i++) sum += x[i] * x[i];
-    for (int l = 0; l < 16; l++) sum += lanes[l];
     float by = 1.0f / __builtin_sqrtf(sum / float(n) + eps);
-    for (i = 0; i < n; i++) out[i] = x[i] * by * w[i];
+    for (i = 0; i + LANES <= n; i += LANES) storef(out + i, mul(mul(loadf(x + i), setf(by)), loadf(w + i)));
+    for (; i < n; i++) out[i] = x[i] * by * w[i];
 }
 
+// n a multiple of 16
 void silu(const float* gate, const float* up, int n, float* out) {
-    for (int i = 0; i < n; i++) out[i] = gate[i] / (1.0f + exponent(-gate[i])) * up[i];
+    for (int i = 0; i < n; i += LANES) {
+        vf g = loadf(gate + i);
+        storef(out + i, mul(divf(g, add(setf(1), exponent(subf(setf(0), g)))), loadf(up + i)));
+    }
 }
 
 void turn(float* head, int width, const float* cosine, const float* sine, bool neighbours) {
@@ -125,6 +130,7 @@ template <int BITS> inline void codes(const uint8_t* p, vi w[8]) {
 void scales(const Weight& w, int panel, float* S, float* M) {
     const uint8_t* s = w.scale + size_t(panel) * w.panel_scales;
     const int count = w.scale_groups();
+    for (size_t i = 0; i < w.panel_scales; i += 64) ahead(s + w.panel_scales + i);
     for (int h = 0; h < ROWS / LANES; h++) {
         const uint8_t* at = s;
         vf d = setf(0), dmin = setf(0);

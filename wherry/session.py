@@ -64,7 +64,10 @@ class Sampling:
 
 @runtime_checkable
 class Session(Protocol):
-    """One loaded artifact. Thread-safe: calls from several threads are served one after another."""
+    """One loaded artifact. Thread-safe: calls from several threads are served one after another.
+
+    A session that computes several answers at once says how many by an attribute `parallel`.
+    """
 
     grade: str  # "A", "B" or "C": how strong a proof this runtime allows (GRADES)
     facts: dict[str, str]  # runtime, version, build, isa, threads, device, format

@@ -1,5 +1,6 @@
 """The native runtime against transformers: the same tokens, the same weights, two programs."""
 
+import asyncio
 import importlib.util
 import threading
 import time
@@ -19,6 +20,8 @@ from wherry.checkpoint import Checkpoint
 from wherry.choose import able, artifacts
 from wherry.data import shipped
 from wherry.recipe import Recipe
+from wherry.serve.pieces import pieces
+from wherry.serve.work import Writer
 from wherry.session import Sampling, draw
 
 native = pytest.importorskip("wherry.runtimes.native", reason="not built: pip install ./native", exc_type=ImportError)
@@ -398,6 +401,30 @@ def test_a_thousand_cancellations_lose_nothing(rounded: Artifact) -> None:
     stats = made.stats()
     assert (stats["running"], stats["waiting"], stats["idle_pages"]) == (0, 0, stats["pages"])
     made.close()
+
+
+def test_the_server_computes_answers_together(session: Any, rounded: Artifact) -> None:
+    """Six answers through the server's writer: the steps are fewer than the tokens, the texts those of each alone."""
+    task = rounded.task
+    prompts = [TOKENS[i : i + 20] for i in range(6)]
+    how = Sampling(max_tokens=100)
+    alone = ["".join(p.text for p in pieces(session, task.tokenizer, prompt, how)) for prompt in prompts]
+
+    async def serve() -> list[str]:
+        writer = Writer(session, task)
+
+        async def one(prompt: list[int]) -> str:
+            return "".join([piece.text async for piece in writer.write(prompt, how, (), False)])
+
+        try:
+            return list(await asyncio.gather(*(one(prompt) for prompt in prompts)))
+        finally:
+            await writer.close()
+
+    before = session.stats()
+    assert asyncio.run(serve()) == alone
+    after = session.stats()
+    assert after["steps"] - before["steps"] < (after["tokens"] - before["tokens"]) / 2
 
 
 def test_closing_ends_what_runs(rounded: Artifact) -> None:

@@ -1,7 +1,7 @@
 """Between many requests and the one session: a bounded line, a worker thread, a micro-batcher.
 
-A session answers one call after another, and blocks while it does. So each runs on one thread of its own, the
-event loop stays free, and requests wait in a line whose length is known and bounded.
+A session blocks while it answers, and most answer one call after another. So each runs on a thread of its own, or on
+as many as it can compute together; the event loop stays free, and requests wait in a line that is bounded.
 """
 
 import asyncio
@@ -60,12 +60,15 @@ class Line:
 
 
 class Writer:
-    """Generates text on a worker thread and hands the pieces to the event loop."""
+    """Generates text on worker threads and hands the pieces to the event loop.
+
+    One thread, and so one answer after another, unless the session says by `parallel` that it computes more together.
+    """
 
     def __init__(self, session: Session, task: Task) -> None:
         self.session = session
         self.tokenizer = task.tokenizer
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="wherry-write")
+        self.pool = ThreadPoolExecutor(getattr(session, "parallel", 1), thread_name_prefix="wherry-write")
         self.open: set[threading.Event] = set()
 
     async def write(

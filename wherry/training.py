@@ -11,6 +11,7 @@ from wherry.errors import BadInput
 from wherry.options import DryRun, Json, Model, Out
 
 app = typer.Typer()
+BESIDE = ("ranks", "max_restarts", "more", "dry_run", "json", "out", "against", "tune")  # flags that are no fields
 Text = Annotated[str, typer.Option("--data", help="Text, table, folder; several: a.txt*0.7;b.txt", show_default=False)]
 Teacher = Annotated[str, typer.Option(help="The model to learn from.", show_default=False)]
 HeldOut = Annotated[str, typer.Option(help="Data to judge on, before and after.", show_default=False)]
@@ -20,6 +21,12 @@ Batch = Annotated[int, typer.Option(help="Samples of an update, over all ranks."
 Rate = Annotated[float, typer.Option(help="Peak of the learning rate.")]
 Ranks = Annotated[int, typer.Option(help="Processes on this machine.", min=1)]
 Restarts = Annotated[int, typer.Option(help="Restarts of all ranks when one dies.", min=0)]
+Trials = Annotated[
+    str, typer.Option("--tune", help="Search the settings: trials=20,only=learning_rate;batch", show_default=False)
+]
+Start = Annotated[
+    str, typer.Option(help="teacher, teacher:layers=N: begin with the teacher's layers.", show_default=False)
+]
 More = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any other field of the job: --set clip=0.5 --set precision=bf16", show_default=False),
@@ -44,12 +51,21 @@ def made(fields: dict[str, Any], more: list[str] | None) -> Any:
     return Job.from_dict(fields)
 
 
-def ran(job: Any, ranks: int, restarts: int, dry_run: bool, json: bool) -> None:
-    """Run a job here, in place or with torchrun, and show its report."""
+def ran(job: Any, ranks: int, restarts: int, dry_run: bool, json: bool, tune: str = "") -> None:
+    """Run a job here, in place or with torchrun, or search its settings, and show its report."""
     from wherry.train import launch, loop, watch
 
     if dry_run:
         show(planned(job, ranks), json)
+        return
+    if tune:
+        if ranks > 1:
+            raise BadInput("--tune runs each trial on one process; --tune trials=N,ray=true runs many trials at once")
+        from wherry.train import trials
+
+        wanted = trials.Tune.parse(tune)
+        with bar() as progress:
+            show(trials.search(job, wanted, progress), json)
         return
     if ranks == 1 and not restarts:
         with bar() as progress:
@@ -91,23 +107,25 @@ def train(
     tp: Annotated[int, typer.Option(help="Ranks that share layers (tensor parallel).", min=1)] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline stages (1F1B).", min=1)] = 1,
     save_every: Annotated[int, typer.Option(help="Updates between checkpoints; 0 = ten minutes.", min=0)] = 0,
-    max_restarts: Restarts = 0, more: More = None, dry_run: DryRun = False, json: Json = False,
+    max_restarts: Restarts = 0, tune: Trials = "", more: More = None, dry_run: DryRun = False, json: Json = False,
 ) -> None:  # fmt: skip
     """Train a language model, a classifier or an ONNX graph, on one process or many."""
-    fields = {k: v for k, v in locals().items() if k not in ("ranks", "max_restarts", "more", "dry_run", "json", "out")}
-    ran(made(fields | {"out": str(out)}, more), ranks, max_restarts, dry_run, json)
+    fields = {k: v for k, v in locals().items() if k not in BESIDE}
+    ran(made(fields | {"out": str(out)}, more), ranks, max_restarts, dry_run, json, tune)
 
 
 @app.command()
 def distill(
     model: Model, out: Out, data: Text, teacher: Teacher,
     recipe: Annotated[str, typer.Option(help="Steps, joined by ' | '.")] = "kl",
+    init_from: Start = "",
     held_out: HeldOut = "", steps: Steps = 0, epochs: Epochs = 0.0, batch: Batch = 8, learning_rate: Rate = 1e-4,
-    ranks: Ranks = 1, max_restarts: Restarts = 0, more: More = None, dry_run: DryRun = False, json: Json = False,
+    ranks: Ranks = 1, max_restarts: Restarts = 0, tune: Trials = "", more: More = None, dry_run: DryRun = False,
+    json: Json = False,
 ) -> None:  # fmt: skip
     """Teach a student by a teacher's logits (and more: see `--recipe`)."""
-    fields = {k: v for k, v in locals().items() if k not in ("ranks", "max_restarts", "more", "dry_run", "json", "out")}
-    ran(made(fields | {"out": str(out)}, more), ranks, max_restarts, dry_run, json)
+    fields = {k: v for k, v in locals().items() if k not in BESIDE}
+    ran(made(fields | {"out": str(out)}, more), ranks, max_restarts, dry_run, json, tune)
 
 
 @app.command()
@@ -116,12 +134,12 @@ def heal(
     against: Annotated[str, typer.Option(help="The model that it was made from.", show_default=False)],
     recipe: Annotated[str, typer.Option(help="Steps, joined by ' | '.")] = "kl",
     held_out: HeldOut = "", steps: Steps = 200, batch: Batch = 8, learning_rate: Rate = 1e-4,
-    ranks: Ranks = 1, max_restarts: Restarts = 0, more: More = None, dry_run: DryRun = False, json: Json = False,
+    ranks: Ranks = 1, max_restarts: Restarts = 0, tune: Trials = "", more: More = None, dry_run: DryRun = False,
+    json: Json = False,
 ) -> None:  # fmt: skip
     """Train a pruned or rounded model against its original, for a short while."""
-    fields = {k: v for k, v in locals().items()
-              if k not in ("ranks", "max_restarts", "more", "dry_run", "json", "out", "against")}  # fmt: skip
-    ran(made(fields | {"out": str(out), "teacher": against}, more), ranks, max_restarts, dry_run, json)
+    fields = {k: v for k, v in locals().items() if k not in BESIDE}
+    ran(made(fields | {"out": str(out), "teacher": against}, more), ranks, max_restarts, dry_run, json, tune)
 
 
 @app.command()

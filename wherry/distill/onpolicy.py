@@ -1,9 +1,9 @@
 """On-policy: the student writes a part of each sample itself, and is taught where it went.
 
-Source: Agarwal et al. 2023 (GKD, arXiv:2306.13649): with a share of own samples the student learns on what
-    it will see when it generates; Gu et al. 2023 (MiniLLM, arXiv:2306.08543), for reverse KL beside it.
-Idea:   the first `prompt` tokens of a window stay, the student samples the rest; targets are what it wrote, the prompt's
-        do not count. Gradients do not pass through the sampling. A step is on-policy with probability `share`.
+Source: Agarwal et al. 2023 (GKD, arXiv:2306.13649): with own samples the student learns on what it will
+    see when it generates; Gu et al. 2023 (MiniLLM, arXiv:2306.08543), for reverse KL beside it.
+Idea:   the first `prompt` tokens of a window stay, the student samples the rest; targets are what it wrote, the
+        prompt's do not count. Gradients do not pass through the sampling. A step is on-policy with probability `share`.
 Shapes: input_ids, targets [B, T]; sampled with a key-value cache by transformers' generate.
 Cost:   T - prompt forward passes of one token for an own sample.
 Fails:  Unsupported for a model that cannot generate; BadInput for a prompt as long as a window.

@@ -23,12 +23,14 @@ from wherry.journal import Journal
 from wherry.objective import IGNORE, Objective
 from wherry.train import cache as teachers
 from wherry.train import mesh, order, samples, save, student, watch
+from wherry.train import start as starts
 from wherry.train.job import Job
 from wherry.train.learner import Learner, agreed
 from wherry.train.mesh import World
 from wherry.train.samples import Batch
 
 Progress = Callable[[int, int, str], None]
+Judge = Callable[[int, float], None]  # (update, held-out loss); what it raises ends the run
 TEXT = ("text-generation", "sentence-similarity")  # tasks whose samples are cut to a length
 LENGTH = 512  # tokens of a sample where the job does not say
 SAVE_S = 600.0  # between checkpoints where the job does not say
@@ -40,7 +42,7 @@ def quiet(done: int, total: int, text: str) -> None:
     """A progress display that shows nothing."""
 
 
-def run(job: Job, progress: Progress = quiet) -> dict[str, Any]:
+def run(job: Job, progress: Progress = quiet, judge: Judge | None = None) -> dict[str, Any]:
     """Train and write `job.out`; on several processes when torchrun started them.
 
     Returns:
@@ -54,14 +56,19 @@ def run(job: Job, progress: Progress = quiet) -> dict[str, Any]:
         call goes on. `agreed` is True on errors that every rank raises.
     """
     with mesh.joined(job) as world:
-        return Run(job, world).go(progress)
+        begun = world.agree(lambda: starts.begun(job, world.first))
+        world.barrier()
+        result = Run(begun, world, judge).go(progress)
+        if begun is not job and world.first:
+            shutil.rmtree(begun.model)
+        return result
 
 
 class Run:
     """One run on one rank."""
 
-    def __init__(self, job: Job, world: World) -> None:
-        self.job, self.world = job, world
+    def __init__(self, job: Job, world: World, judge: Judge | None = None) -> None:
+        self.job, self.world, self.judge = job, world, judge
         self.objective = world.agree(lambda: Objective.parse(job.recipe))
         self.stop = False
         self.learner = Learner(job, world, self.objective)
@@ -161,11 +168,14 @@ class Run:
         try:
             seconds, flops = self._updates(loader, progress)
             self.saver.wait()
+        except BaseException:
+            self.log.close()
+            raise
         finally:
             loader.shutdown(wait=True, cancel_futures=True)
             self.saver.close()
             restore()
-            self.log.flush()
+        self.log.flush()
         after = self.measure() if self.held_out is not None else None
         result = self._result(seconds, flops, before, after)
         self.log.close()
@@ -211,7 +221,10 @@ class Run:
             progress(step, self.steps, self._line(done.loss, spent, step))
             stop, clock = done.flags
             if job.eval_every and step % job.eval_every == 0 and step < self.steps and self.held_out is not None:
-                self.log.write({"update": step, "held-out loss": self.measure()[0]})
+                found = self.measure()[0]
+                self.log.write({"update": step, "held-out loss": found})
+                if self.judge is not None:
+                    self.judge(step, found)
             every = job.save_every and step % job.save_every == 0 and step < self.steps
             if (every or clock or stop) and step != saved:
                 self.log.flush()

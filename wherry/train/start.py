@@ -9,8 +9,10 @@ Source: Sanh et al. 2019 (DistilBERT, arXiv:1910.01108): every other layer of th
 Fewer heads, neurons or hidden numbers: `wherry compress TEACHER --recipe width:...`; its result is a student.
 """
 
+import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ import torch
 from wherry import cargo, tensorfile
 from wherry.checkpoint import Checkpoint, stack
 from wherry.errors import BadInput, Unsupported
+from wherry.report import read_object
 from wherry.scheme import QTensor
+from wherry.train.job import Job
 
 
 def spread(n: int, of: int) -> list[int]:
@@ -59,6 +63,44 @@ def layers_of(checkpoint: Checkpoint) -> int:
     if getattr(checkpoint.hf_config, "num_hidden_layers", None) != count:
         raise Unsupported(f"{checkpoint.name}: its configuration does not say how many of its blocks there are")
     return count
+
+
+def begun(job: Job, first: bool) -> Job:
+    """The job whose model is the start that `init_from` asks for, written beside its output; any other as it is.
+
+    The configuration is the student's (`model`) where that is a folder without weights, else the teacher's.
+    Raises BadInput without a teacher.
+    """
+    if not job.init_from:
+        return job
+    if not job.teacher:
+        raise BadInput("--init-from teacher: give --teacher MODEL")
+    out = Path(job.out)
+    folder = out.with_name(f".{out.name}.start-{job.fingerprint[:12]}")
+    if first and not folder.exists():
+        teacher, config = Checkpoint.open(job.teacher), Path(job.model) / "config.json"
+        own = read_object(config) if config.exists() and not list(Path(job.model).glob("*.safetensors")) else None
+        layers = kept(job.init_from, teacher, own)
+        if own is not None:
+            same(own, teacher)
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        write(teacher, layers, part)
+        part.rename(folder)
+    return dataclasses.replace(job, model=str(folder))
+
+
+def same(config: dict[str, Any], teacher: Checkpoint) -> None:
+    """Raise Unsupported where a student's configuration differs from the teacher's in more than its layers."""
+    free = ("num_hidden_layers", "n_layer", "num_layers", "layer_types", "max_window_layers", "transformers_version",
+            "dtype", "torch_dtype", "use_cache")  # fmt: skip
+    for key in sorted(set(config) & set(teacher.config) - set(free)):
+        if config[key] != teacher.config[key]:
+            raise Unsupported(
+                f"--init-from teacher takes whole layers, and the student's {key} is {config[key]}, the teacher's "
+                f"{teacher.config[key]}.\nFewer heads or neurons: wherry compress TEACHER --recipe width:..."
+            )
 
 
 def write(teacher: Checkpoint, layers: list[int], out: Path) -> None:

@@ -4,11 +4,11 @@
     --tune "trials=20,only=learning_rate;batch"    these alone; the rest stays as the job says
     --tune "trials=64,ray=true"                    trials at once on the machines of a Ray cluster
 
-Source: Bergstra et al. 2011 (TPE), as Optuna has it: Akiba et al. 2019, arXiv:1907.10902; the median rule of Golovin et al.
-    2017 (Vizier) for pruning: a trial whose held-out loss is above the median of the others at the same share of the
-    data ends. On Ray trials are not pruned: they run at once.
-Idea:   minimise the held-out loss after the same number of samples: with another batch the steps change. The first trial
-        is the job as it is given, so that the best is never worse. The best trial's model is the result.
+Source: Bergstra et al. 2011 (TPE), as Optuna has it: Akiba et al. 2019, arXiv:1907.10902; the median rule of
+    Golovin et al. 2017 (Vizier) for pruning: a trial whose held-out loss is above the median of the others
+    at the same share of the data ends. On Ray trials are not pruned: they run at once.
+Idea:   minimise the held-out loss after the same number of samples: with another batch the steps change. The first
+        trial is the job as it is given, so that the best is never worse. The best trial's model is the result.
 Cost:   trials x the run. A killed search goes on where it was (Optuna's journal in the working folder).
 Fails:  BadInput without held-out data, for a dimension that is not known; Missing without Optuna, or Ray.
 """
@@ -101,23 +101,27 @@ def cache(job: Job) -> str:
 AS_GIVEN = {"optimizer": None, "learning_rate": 1.0, "batch": 1.0, "schedule": None, "warmup": 0.05}
 
 
-def search(job: Job, tune: Tune, samples: int, progress: Progress = loop.quiet) -> Report:
-    """Try, and rename the best trial's model to `job.out`. samples: that a trial sees.
+def search(job: Job, tune: Tune, progress: Progress = loop.quiet) -> Report:
+    """Try, and rename the best trial's model to `job.out`.
 
     Raises BadInput, Missing; Diverged when not one trial ended with a finite loss.
     """
     try:
         import optuna
+        from optuna.storages.journal import JournalFileBackend
     except ModuleNotFoundError as error:
-        raise Missing("--tune needs the package 'optuna', which is not installed.\npip install 'wherry[tune]'") from error
+        raise Missing("--tune needs the package 'optuna'.\npip install 'wherry[tune]'") from error
     if not job.held_out:
         raise BadInput("--tune judges on held-out data: give --held-out")
+    if not job.steps:
+        raise BadInput("--tune compares trials of the same number of samples: give --steps, not --epochs")
+    samples = job.steps * job.batch
     out = Path(job.out)
     vacant(out)
     folder = out.with_name(f".{out.name}.trials-{job.fingerprint[:12]}")
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    backend = optuna.storages.journal.JournalFileBackend(str(folder / "optuna.log"))
+    backend = JournalFileBackend(str(folder / "optuna.log"))
     study = optuna.create_study(
         study_name="trials", storage=optuna.storages.JournalStorage(backend), load_if_exists=True,
         sampler=optuna.samplers.TPESampler(seed=tune.seed, n_startup_trials=min(10, max(3, tune.trials // 3))),
@@ -144,7 +148,7 @@ def search(job: Job, tune: Tune, samples: int, progress: Progress = loop.quiet) 
             for left in folder.glob(f".trial-{trial.number}.partial-*"):
                 shutil.rmtree(left, ignore_errors=True)
 
-    ended = [t for t in study.trials if t.state.is_finished()]
+    ended = [t for t in study.trials if t.state.name in ("COMPLETE", "PRUNED")]
     if tune.ray:
         at_once(study, job, tune, folder, samples, tune.trials - len(ended))
     else:
@@ -193,10 +197,11 @@ def at_once(study: Any, job: Job, tune: Tune, folder: Path, samples: int, count:
     try:
         import ray
     except ModuleNotFoundError as error:
-        raise Missing("ray=true needs the package 'ray', which is not installed.\npip install 'wherry[ray]'") from error
+        raise Missing("ray=true needs the package 'ray'.\npip install 'wherry[ray]'") from error
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     far = ray.remote(num_cpus=max(1, job.threads))(held_out)
-    width, waiting = max(1, int(ray.cluster_resources().get("CPU", 1)) // max(1, job.threads)), {}
+    width = max(1, int(ray.cluster_resources().get("CPU", 1)) // max(1, job.threads))
+    waiting: dict[Any, Any] = {}
     while count or waiting:
         while count and len(waiting) < width:
             trial = study.ask()

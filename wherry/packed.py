@@ -42,16 +42,17 @@ def uniform(layout: Layout, checkpoint: Checkpoint, schemes: dict[str, Scheme | 
     found = {scheme for scheme in schemes.values() if scheme is not None}
     if checkpoint.graph is not None or not found:
         raise Unsupported(f"{layout.name} holds compressed layers of a Hugging Face model; {checkpoint.name} has none")
-    for scheme in found:
-        if replace(scheme, grain=PRESETS["W4A16"].grain) not in [PRESETS[name] for name in layout.spellings]:
-            near = f"the nearest that it can is {layout.nearest}"
-            raise Unsupported(f"{layout.name} cannot say the scheme {scheme}; {near}")
-    if len(found) > 1:
-        raise Unsupported(f"{layout.name} has one scheme for all layers, here are {', '.join(map(str, found))}")
     for name in schemes:
         n, k = checkpoint.shape(name)
         if n % 32 or k % 32:
-            raise Unsupported(f"{layout.name} packs 32 inputs and outputs together; {name} is [{n}, {k}]: use gguf")
+            why = f"{layout.name} packs 32 inputs and outputs together, and {name} is [{n}, {k}]"
+            raise Unsupported(f"{why}: leave {layout.name} out; compressed_tensors, the checkpoint, takes any width")
+    for scheme in found:
+        if replace(scheme, grain=PRESETS["W4A16"].grain) not in [PRESETS[name] for name in layout.spellings]:
+            near = f"the nearest that it can is {layout.nearest}" + (" without lowrank" if scheme.rank else "")
+            raise Unsupported(f"{layout.name} cannot say the scheme {scheme}; {near}")
+    if len(found) > 1:
+        raise Unsupported(f"{layout.name} has one scheme for all layers, here are {', '.join(map(str, found))}")
     return found.pop()
 
 

@@ -133,7 +133,9 @@ class Scheme:
     def scales_per_row(self, k: int) -> int:
         """Number of scales that a row of k inputs has. Raises BadInput when the group does not divide k."""
         if self.nested and k % 256:
-            raise BadInput(f"{self} has super-blocks of 256, which do not divide the {k} inputs; W{self.bits}A16 fits")
+            size = max((1 << i for i in range(3, 8) if k % (1 << i) == 0), default=-1)
+            fits = f"W{self.bits}A16,group_size={size} fits"
+            raise BadInput(f"{self} has super-blocks of 256, which do not divide the {k} inputs; {fits}")
         if isinstance(self.grain, Group):
             if k % self.grain.size:
                 powers = [1 << i for i in range(4, 9) if k % (1 << i) == 0]
@@ -228,7 +230,7 @@ class Scheme:
         unsaid = self.planes != 1 or self.nested or self.kind == "codebook" or self.table == "e5m2" or self.rank
         small = self.kind == "int" and self.scale in ("float8_e4m3fn", "e8m0")
         if unsaid or small or (self.table == "e2m1" and not self.fixed):
-            near = self.near
+            near = self.near + (" without lowrank" if self.rank else "")
             raise Unsupported(f"compressed-tensors cannot say the scheme {self}; the nearest that it can is {near}")
         weights: dict[str, Any] = {
             "num_bits": self.bits, "type": "float" if self.kind == "fp" else "int", "symmetric": self.symmetric,

@@ -194,7 +194,7 @@ def test_lost_zeros_are_said(tmp_path: Path) -> None:
     ("gptq:scheme=W4A16,group_size=32 | lowrank:rank=4 | lowrank:rank=4", (), "by two steps"),
     ("gptq:scheme=W4A16,group_size=32 | lowrank:rank=4", ("gptq",), "W4A16"),
     ("gptq:scheme=W4A16,group_size=32 | lowrank:rank=4", ("awq",), "W4A16"),
-    ("gptq:scheme=W4A16,group_size=32 | lowrank:rank=4", ("compressed_tensors",), "W4A16,group_size=32"),
+    ("gptq:scheme=W4A16,group_size=32 | lowrank:rank=4", ("compressed_tensors",), "W4A16,group_size=32 without"),
     ("lowrank:rank=4", (), "changes nothing"),
 ])  # fmt: skip
 def test_what_it_cannot_is_said_before(recipe: str, formats: tuple, reason: str, tiny_llama: Path) -> None:

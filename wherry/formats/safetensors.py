@@ -24,7 +24,8 @@ def check(plan: "Plan") -> dict[str, str]:
     if plan.checkpoint.graph is not None:
         raise Unsupported(f"{plan.checkpoint.name} is a graph: its floats are written as onnx")
     if coded := [row.name for row in plan.rows if row.scheme]:
-        raise Unsupported(f"safetensors holds floats, and {coded[0]} is stored as codes: take compressed_tensors")
+        said = f"safetensors holds floats, and {coded[0]} is stored as codes"
+        raise Unsupported(f"{said}: leave it out, the checkpoint holds them")
     return {}
 
 

@@ -17,6 +17,7 @@ from wherry.scheme import Group, QTensor, Row, Scheme, values
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 PORTABLE_BITS = 7  # significant bits of a portable scale: 7 + 4 <= 11, what fp16 holds
 COARSE_BITS = 3  # of a scale whose 8-bit codes must decode exactly in fp16: 3 + 8 <= 11
+CPU_CHUNK, DEVICE_CHUNK = 1 << 18, 1 << 24  # weights that are worked on at once: what caches hold
 FP16_LEAST = 2.0**-24
 PORTABLE_MOST = 127 * 2.0**5  # the largest of 7 bits that fp16 holds 16 times
 COARSE_MOST = 7 * 2.0**6  # the largest of 3 bits that fp16 holds 128 times
@@ -183,17 +184,22 @@ def search(
     """
     if scheme.table == "binary":
         return residual(w, scheme, rounding, importance), None
+    whole = scheme.nested or scheme.scale == "float8_e4m3fn"  # scales of which depend on one another
+    rows = max(1, (CPU_CHUNK if w.device.type == "cpu" else DEVICE_CHUNK) // w.shape[-1])
+    if not whole and w.ndim == 2 and len(w) > rows:
+        found = [search(part, scheme, rounding, importance, least, steps) for part in w.split(rows)]
+        zeros = [zero for _, zero in found if zero is not None]
+        return torch.cat([scale for scale, _ in found]), torch.cat(zeros) if zeros else None
     groups = grouped(w.float(), scheme)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     weight = None if importance is None else importance.float().unflatten(-1, groups.shape[-2:])
     single = None if scheme.nested else rounding
     best_scale, best_zero = between(low, high, scheme, single)
-    best = torch.full_like(low, torch.inf)
-    for shrink in torch.linspace(1.0, least, steps).tolist():
+    best, room = torch.full_like(low, torch.inf), torch.empty_like(groups)
+    for shrink in (1 - (1 - least) * i / max(steps - 1, 1) for i in range(steps)):
         scale, zero = between(low * shrink, high * shrink, scheme, single)
-        code = nearest(units(groups, scheme, scale, zero), scheme)
-        error = (values(code, scheme, scale, zero) - groups).square_()
-        total = (error if weight is None else error * weight).sum(-1)
+        error = misfit(groups, scheme, scale, zero, room).square_()
+        total = (error if weight is None else error.mul_(weight)).sum(-1)
         better = total < best
         best = torch.where(better, total, best)
         best_scale = torch.where(better, scale, best_scale)
@@ -202,6 +208,20 @@ def search(
     if scheme.nested and rounding is not None:
         return settled(best_scale, best_zero, scheme, rounding)
     return best_scale, best_zero
+
+
+def misfit(
+    groups: torch.Tensor, scheme: Scheme, scale: torch.Tensor, zero: torch.Tensor | None, room: torch.Tensor
+) -> torch.Tensor:
+    """What rounding weights [..., g, size] to the nearest code adds to them; plain integers use `room` for it."""
+    if scheme.tabled or scheme.minimum != "code":
+        code = nearest(units(groups, scheme, scale, zero), scheme)
+        return values(code, scheme, scale, zero).sub_(groups)
+    s, z = scale.unsqueeze(-1), None if zero is None else zero.float().unsqueeze(-1)
+    x = torch.div(groups, s, out=room)
+    x = x.round_() if z is None else x.add_(z).round_()
+    x.clamp_(scheme.qmin, scheme.qmax)
+    return (x if z is None else x.sub_(z)).mul_(s).sub_(groups)
 
 
 def residual(
@@ -263,16 +283,40 @@ def nearest(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return torch.bucketize(x.contiguous(), (table[1:] + table[:-1]) / 2).to(x.dtype) + scheme.qmin
 
 
-def snap(
-    w: torch.Tensor, scheme: Scheme, scale: torch.Tensor, zero: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nearest codes (float) and what they mean, for one weight [n] of each row on that row's grid [n] ([n, planes])."""
-    groups = w.unsqueeze(-1)
+def snapper(scheme: Scheme, device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """snap(w, scale, zero): nearest codes (float) and what they mean, for one weight [n] of each row on its row's grid.
+
+    scale [planes, n], zero float [n] or None. All constants are made here: a call launches arithmetic alone.
+    """
+    low, high = scheme.qmin, scheme.qmax
     if scheme.planes > 1:
-        code = nearest_plane(groups.unsqueeze(-1), scheme, scale).squeeze(-1)
-        return code.squeeze(-1), values(code.unsqueeze(-1), scheme, scale, None).flatten()
-    code = nearest(units(groups, scheme, scale, zero), scheme)
-    return code.squeeze(-1), values(code, scheme, scale, zero).squeeze(-1)
+        places = torch.arange(1 << scheme.planes, device=device)
+        signs = torch.stack([(places >> p & 1) * 2.0 - 1 for p in range(scheme.planes)], -1)  # [codes, planes]
+        return lambda w, scale, zero: pick(w, signs @ scale, -(1 << (scheme.planes - 1)))
+    table = torch.tensor(levels(scheme.table), device=device) if scheme.tabled else None
+    edges = None if table is None else (table[1:] + table[:-1]) / 2
+
+    def snap(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        s = scale[0]
+        if table is not None and edges is not None:
+            place = torch.bucketize(w / s, edges)
+            return place.float() + low, table[place] * s
+        if zero is None:
+            q = (w / s).round_().clamp_(low, high)
+            return q, q * s
+        if scheme.minimum != "code":
+            q = ((w + zero) / s).add_(low).round_().clamp_(low, high)
+            return q, (q - low).mul_(s).sub_(zero)
+        q = (w / s).add_(zero).round_().clamp_(low, high)
+        return q, (q - zero).mul_(s)
+
+    return snap
+
+
+def pick(w: torch.Tensor, sums: torch.Tensor, low: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest of sums [codes, n] to each w [n], and its code."""
+    place = (sums - w).abs().argmin(0, keepdim=True)
+    return place[0].float() + low, sums.gather(0, place)[0]
 
 
 def encode(w: torch.Tensor, scheme: Scheme, scale: torch.Tensor, zero: torch.Tensor | None) -> QTensor:

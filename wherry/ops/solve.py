@@ -1,5 +1,6 @@
 """Linear algebra that several methods share: an inverse of a Hessian that repairs itself, scales fitted to codes."""
 
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,6 +10,36 @@ from wherry.errors import Diverged
 from wherry.levels import levels
 from wherry.ops import grid
 from wherry.scheme import Scheme
+
+INNER = 32  # columns whose errors are paid one by one; those beyond get them as one product
+
+
+class Last:
+    """The last factor that was made, while the statistic that it was made of lives: layers share their inputs."""
+
+    made_of: "weakref.ref[torch.Tensor] | None" = None
+    key: object = None
+    factor: tuple[torch.Tensor, torch.Tensor, float] | None = None
+
+
+def ordered_factor(
+    total: torch.Tensor, tokens: int, damp: float, falling: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(order, U, damping) of H = total / tokens: columns by falling diag H, or as they are, and `inverse_factor` so.
+
+    The next call with the same tensor gets the same answer without work. Cost: as inverse_factor.
+    """
+    key = (tokens, damp, falling)
+    alive = Last.made_of() if Last.made_of is not None else None
+    if alive is total and Last.key == key and Last.factor is not None:
+        return Last.factor
+    H = total / max(tokens, 1)
+    k = len(H)
+    order = torch.arange(k, device=H.device)
+    order = torch.argsort(H.diagonal(), descending=True, stable=True) if falling else order
+    U, taken = inverse_factor(H[order][:, order], damp)
+    Last.made_of, Last.key, Last.factor = weakref.ref(total), key, (order, U, taken)
+    return Last.factor
 
 
 class Hessian(NamedTuple):
@@ -39,14 +70,14 @@ def inverse_factor(hessian: torch.Tensor, damp: float, most: float = 1.0) -> tup
     if not torch.isfinite(H).all():
         raise Diverged("the calibration statistics hold NaN or inf: check the model's activations and the data")
     mean = H.diagonal().mean()
+    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
     if mean <= 0:
-        return torch.eye(len(H), dtype=torch.float32), damp  # no input was ever non-zero: every choice is as good
-    eye = torch.eye(len(H), dtype=H.dtype)
+        return eye.float(), damp  # no input was ever non-zero: every choice is as good
     while damp <= most:
-        L, failed = torch.linalg.cholesky_ex(H + damp * mean * eye)
-        if not failed:
-            U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
-            if not failed and torch.isfinite(U).all():
+        L, failed = torch.linalg.cholesky_ex((H + damp * mean * eye).flip(0, 1))
+        if not failed:  # J H J = L L^T, so H = R R^T with R = J L J upper, and H^-1 = U^T U with U = R^-1
+            U = torch.linalg.solve_triangular(L.flip(0, 1), eye, upper=True)
+            if torch.isfinite(U).all():
                 return U.float(), damp
         damp = max(damp, 1e-4) * 10
     raise Diverged(f"the Hessian is not positive definite even with damp={most}: use more calibration data")
@@ -60,34 +91,42 @@ def columns(
 
     U [k, k]: upper factor of H^-1, in that order. scale, zero [n, g]: of each column's own group, fixed. P [k, k]: what
     one unit of a column asks of the columns after it (GPTAQ), in that order, or None. An exact zero stays zero.
-    Lazy blocks of `block` columns. Returns code float [n, k]. Cost: O(n k^2).
+    Lazy blocks of `block` columns, and of INNER inside of them. Returns code float [n, k]. Cost: O(n k^2). Nothing in
+    the loop waits for a device or makes a tensor of Python numbers.
     """
     k = w.shape[-1]
-    size, planes = k * scheme.planes // scale.shape[-1], scheme.planes
-    keep, W = (w != 0)[:, order], w[:, order].clone()
-    code = torch.empty_like(W)
-    group = (order // size).tolist()
+    W = w.T[order].contiguous()  # [k, n]: what is done column by column lies in one piece
+    keep, code = W != 0, torch.empty_like(W)
+    group = order // (k * scheme.planes // scale.shape[-1])
+    steps = scale.T.unflatten(0, (-1, scheme.planes))[group].contiguous()  # [k, planes, n]
+    zeros = None if zero is None else zero.T[group].float()
     null = neutral(scheme, scale, zero)
+    rest = None if null is None else null.T[group]
+    snap, falls = grid.snapper(scheme, w.device), U.diagonal()
     for i in range(0, k, block):
         j = min(i + block, k)
-        B, Ub = W[:, i:j].clone(), U[i:j, i:j]
-        E, began = torch.empty_like(B), torch.empty_like(B)
-        for c in range(j - i):
-            g, w_c = group[i + c], B[:, c]
-            z = None if zero is None else zero[:, g]
-            q, v = grid.snap(w_c, scheme, scale[:, g] if planes == 1 else scale[:, g * planes : (g + 1) * planes], z)
-            if null is not None:
-                q, v = torch.where(keep[:, i + c], q, null[:, g]), v * keep[:, i + c]
-            E[:, c] = (w_c - v) / Ub[c, c]
-            if P is not None:
-                began[:, c] = w_c
-                B[:, c + 1 :] += began[:, c : c + 1] * P[i + c, i + c + 1 : j]
-            B[:, c:] -= E[:, c : c + 1] * Ub[c, c:]
-            code[:, i + c] = q
-        W[:, j:] -= E @ U[i:j, j:]
-        if P is not None:
-            W[:, j:] += began @ P[i:j, j:]
-    return code[:, torch.argsort(order)]
+        E = torch.empty_like(W[i:j])
+        began = torch.empty_like(E) if P is not None else None
+        for a in range(i, j, INNER):
+            b = min(a + INNER, j)
+            for c in range(a, b):
+                x = W[c]
+                q, v = snap(x, steps[c], None if zeros is None else zeros[c])
+                if rest is not None:
+                    q, v = torch.where(keep[c], q, rest[c]), v * keep[c]
+                torch.div(x - v, falls[c], out=E[c - i])
+                code[c] = q
+                if P is not None and began is not None:
+                    began[c - i] = x
+                    W[c + 1 : b].addr_(P[c, c + 1 : b], began[c - i])
+                W[c + 1 : b].addr_(U[c, c + 1 : b], E[c - i], alpha=-1)
+            W[b:j].addmm_(U[a:b, b:j].T, E[a - i : b - i], alpha=-1)
+            if P is not None and began is not None:
+                W[b:j].addmm_(P[a:b, b:j].T, began[a - i : b - i])
+        W[j:].addmm_(U[i:j, j:].T, E, alpha=-1)
+        if P is not None and began is not None:
+            W[j:].addmm_(P[i:j, j:].T, began)
+    return code[torch.argsort(order)].T.contiguous()
 
 
 def zero_columns(
@@ -158,7 +197,7 @@ def refit_codes(
         return scale
     size = code.shape[-1] // scale.shape[-1]
     if scheme.tabled:
-        table = torch.tensor(levels(scheme.table))
+        table = torch.tensor(levels(scheme.table), device=code.device)
         return refit(target, table[code.long() - scheme.qmin], hessian, scale)
     if zero is None:
         return refit(target, code, hessian, scale)
@@ -183,7 +222,7 @@ def refit(
     for i in range(0, len(w), rows):
         Q, old = q[i : i + rows].float(), scale[i : i + rows]
         b = ((w[i : i + rows].float() @ hessian) * Q).unflatten(-1, (groups, size)).sum(-1)
-        A = torch.empty(len(Q), groups, groups)
+        A = torch.empty(len(Q), groups, groups, device=Q.device)
         for j in range(groups):
             part = slice(j * size, (j + 1) * size)
             A[:, j] = ((Q[:, part] @ hessian[part]) * Q).unflatten(-1, (groups, size)).sum(-1)

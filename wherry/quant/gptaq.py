@@ -18,7 +18,7 @@ import torch
 
 from wherry.errors import BadInput
 from wherry.ops import grid
-from wherry.ops.solve import columns, inverse_factor, refit_codes
+from wherry.ops.solve import columns, ordered_factor, refit_codes
 from wherry.recipe import Pass
 from wherry.scheme import QTensor
 
@@ -58,14 +58,13 @@ class GPTAQ(Pass):
         W, k = w.float(), w.shape[-1]
         H, D = (total / max(stat.tokens, 1) for total in (stat.total, self.alpha * stat.drift))
         scale, zero = grid.search(W, self.scheme, self.rounding, H.diagonal())
-        order = torch.argsort(H.diagonal(), descending=True, stable=True)
-        U, damp = inverse_factor(H[order][:, order], self.damp)
+        order, U, damp = ordered_factor(stat.total, stat.tokens, self.damp)
         if damp != self.damp and notes is not None:
             notes.append(f"damping raised from {self.damp:g} to {damp:g}: the Hessian was not positive definite")
         P = (D[order][:, order] @ U.T).triu(1) @ U
         code = columns(W, U, scale, zero, self.scheme, order, self.block, P)
         if self.refit:
-            H = H + damp * H.diagonal().mean() * torch.eye(k)
+            H = H + damp * torch.diag_embed(H.diagonal().mean().expand(k))
             target = W + torch.linalg.solve(H, W @ D, left=False)
             scale = refit_codes(target, code, self.scheme, H, scale, zero)
             scale = scale if self.rounding is None else self.rounding(scale)

@@ -20,7 +20,7 @@ import torch
 
 from wherry.errors import BadInput
 from wherry.ops import grid
-from wherry.ops.solve import Hessian, columns, inverse_factor, refit_codes
+from wherry.ops.solve import Hessian, columns, ordered_factor, refit_codes
 from wherry.recipe import Pass
 from wherry.scheme import QTensor
 
@@ -65,14 +65,12 @@ class GPTQ(Pass):
         else:
             importance = H.diagonal() if self.observer == "imatrix_mse" else None
             scale, zero = grid.search(W, self.scheme, self.rounding, importance)
-        falling = torch.argsort(H.diagonal(), descending=True, stable=True)
-        order = falling if self.actorder == "static" else torch.arange(k)
-        U, damp = inverse_factor(H[order][:, order], self.damp)
+        order, U, damp = ordered_factor(stat.total, stat.tokens, self.damp, self.actorder == "static")
         if damp != self.damp and notes is not None:
             notes.append(f"damping raised from {self.damp:g} to {damp:g}: the Hessian was not positive definite")
         code = columns(W, U, scale, zero, self.scheme, order, self.block)
         if self.refit:
-            H = H + damp * H.diagonal().mean() * torch.eye(k)
+            H = H + damp * torch.diag_embed(H.diagonal().mean().expand(k))
             scale = refit_codes(W, code, self.scheme, H, scale, zero)
             scale = scale if self.rounding is None else self.rounding(scale)
         return QTensor(self.scheme, code.to(torch.int8), scale, zero)

@@ -43,14 +43,15 @@ class HQQ(Pass):
             q = grid.encode(w, self.scheme, scale, zero)
             z = torch.zeros_like(scale) if zero is None else zero.float()
             code = q.code.unflatten(-1, W.shape[-2:]).float()
-            e = W - (code - z.unsqueeze(-1)) * scale.unsqueeze(-1)
-            error = e.abs().clamp(min=1e-12).pow(self.p).sum(-1)
+            unit = (W / scale.unsqueeze(-1)) - (code - z.unsqueeze(-1))  # errors in steps: beta means one thing
+            size = unit.abs().clamp(min=1e-6)
+            power = size.pow(self.p)
+            error = power.sum(-1) * scale.pow(self.p)
             better = error < best
             best, kept = torch.where(better, error, best), torch.where(better, scale, kept)
             if zero is not None and kept_zero is not None:
                 kept_zero = torch.where(better, zero, kept_zero)
-            unit = e / scale.unsqueeze(-1)  # errors in steps, so that beta means the same for every group
-            E = unit.sign() * (unit.abs() - unit.abs().clamp(min=1e-6).pow(self.p - 1) / beta).clamp(min=0)
+            E = unit.sign() * (size - power / size / beta).clamp(min=0)
             target = W - E * scale.unsqueeze(-1)
             if zero is not None:
                 free = (code - target / scale.unsqueeze(-1)).mean(-1)

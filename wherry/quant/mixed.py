@@ -29,7 +29,8 @@ from wherry.scheme import Scheme
 class Mixed(Pass):
     """bits: most bits per weight over all weights that it wants, scales and zeros included. A solver must come after.
 
-    schemes: spellings to choose from, `;` between them; they take the group size of the solver's scheme.
+    schemes: spellings to choose from, `;` between them; they take the group size of the solver's scheme, unless that is
+        a k-quant.
     """
 
     schemes: tuple[str, ...] = ("W2A16", "W3A16", "W4A16", "W8A16")
@@ -45,7 +46,8 @@ class Mixed(Pass):
     def choices(self, scheme: Scheme) -> list[Scheme]:
         """The schemes to choose from, in the groups of the solver's."""
         found = [replace(Scheme.parse(text), rank=scheme.rank) for text in self.schemes]
-        return [s if s.fixed or scheme.group_size is None else s.with_group(scheme.group_size) for s in found]
+        size = None if scheme.fixed else scheme.group_size
+        return [s if s.fixed or size is None else s.with_group(size) for s in found]
 
     def rounded(self, w: torch.Tensor, scheme: Scheme) -> torch.Tensor:
         """The weight as plain rounding in searched ranges leaves it."""

@@ -165,7 +165,7 @@ def test_table_of_schemes_and_formats(tmp_path: Path) -> None:
     rows = dict(re.findall(r"^\| `([\w.]+)` \| (.+) \|$", text, re.M))
     assert set(rows) == set(PRESETS)
     graphs = {"openvino", "ort", "onnx_half"}  # they take graph models alone, as the page says
-    floats = {"safetensors"}  # what a recipe without codes ends as
+    floats = {"safetensors", "compact"}  # what a recipe without codes ends as; a file of files
     assert set(formats) | graphs | floats == set(names("formats"))
     checkpoint = Checkpoint.open(write_llama(tmp_path / "wide", hidden=256))  # k-quants want 256
     for scheme, cells in rows.items():

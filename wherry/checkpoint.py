@@ -212,6 +212,8 @@ class Checkpoint:
             if path.suffix == ".onnx":
                 return shelf.find("formats", "onnx").load(path)
             raise BadInput(f"{path} is not a model: give a folder with config.json, a .gguf or .onnx file, or a hub id")
+        if (path / "model.compact").exists():
+            return shelf.find("formats", "compact").load(path)
         if (path / "adapter_config.json").exists():
             config = read_object(path / "adapter_config.json")
             if not isinstance(config.get("base_model_name_or_path"), str):

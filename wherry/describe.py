@@ -10,7 +10,7 @@ from wherry.choose import artifacts
 from wherry.prove import where
 from wherry.report import Report, write_atomic
 
-WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data", ".xml", ".bin", ".ort")
+WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data", ".xml", ".bin", ".ort", ".compact")
 
 
 def sizes(plan: Any, result: Path) -> Report:

@@ -27,7 +27,7 @@ LOSS = 0.05  # of Spearman's correlation: it is still this model; a promise of q
 RUNTIME_OF = {
     "compressed_tensors": "torch", "safetensors": "torch", "gptq": "torch", "awq": "torch",
     "gguf": "llamacpp", "onnx": "onnxruntime",
-    "onnx_half": "onnxruntime", "ort": "onnxruntime", "openvino": "openvino",
+    "onnx_half": "onnxruntime", "ort": "onnxruntime", "openvino": "openvino", "compact": "compact",
 }  # fmt: skip
 
 

@@ -60,4 +60,4 @@ class Mask(torch.nn.Module):
 
     def forward(self, w: torch.Tensor) -> torch.Tensor:
         """The weight with its zeros."""
-        return w * self.mask
+        return torch.where(self.mask, w, 0.0)  # a product would leave -0.0

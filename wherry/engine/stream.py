@@ -37,6 +37,7 @@ def zeroed(plan: Plan, row: PlanRow, w: Any, stat: Any, notes: list[str]) -> tor
     step: Any = plan.recipe.steps[row.step]
     step = replace(step, sparsity=row.sparsity) if 0 < row.sparsity < 1 and not step.pattern else step
     found = step.prune(w.float(), stat, notes).to(w.dtype)
+    found = torch.where(found == 0, torch.zeros_like(found), found)  # -0.0 is another value to whoever codes bits
     if not row.sparsity and torch.equal(found, w):
         notes.append(f"{step.method} took nothing here")
     return found

@@ -26,7 +26,7 @@ from wherry.task import Task
 
 SLACK_BYTES = 8 << 20  # tokenizer, graph and headers inside of weight files
 SLACK = 1.02
-WEIGHT_FILES = (".gguf", ".safetensors", ".onnx", ".data", ".bin", ".pt", ".npz")
+WEIGHT_FILES = (".gguf", ".safetensors", ".onnx", ".data", ".bin", ".pt", ".npz", ".compact")
 # Defaults of `behaviour`; reasons in its docstring.
 KL_LIMIT = 0.5
 RATIO_LIMIT = 1.5

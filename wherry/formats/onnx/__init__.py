@@ -56,7 +56,9 @@ def save(
         Unsupported: the architecture or a scheme; see `check`.
         Corrupt, Diverged: the file did not pass its checks.
     """
-    packages(checkpoint.task.kind)
+    packages("" if checkpoint.graph is not None else checkpoint.task.kind)
+    if checkpoint.graph is not None:
+        return copied(checkpoint, out)
     from wherry.formats.onnx import decoder, encoder, proof
 
     if activations not in ("float32", "int8"):
@@ -78,6 +80,15 @@ def save(
             checks += proof.fused(out / MAIN, integers)
     more = {"plan": plan, "activations": activations, "checks": checks}
     return Artifact.seal(out, **cargo.facts(checkpoint, "onnx", MAIN) | more)
+
+
+def copied(checkpoint: "Checkpoint", out: Path) -> Artifact:
+    """A graph is this format already: its file, with its data beside it, as an artifact."""
+    from wherry.graph import edit, whole
+
+    edit.write(checkpoint.graph.model, out / MAIN)
+    cargo.beside(checkpoint.path, checkpoint.task, out)
+    return Artifact.seal(out, **whole.manifest(checkpoint, checkpoint.plan, []))
 
 
 def load(path: Path) -> "Checkpoint":

@@ -19,12 +19,14 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import encoder
 import numpy as np
 from reference import MODELS, fingerprint, prepare, windows
 from rich.console import Console
@@ -33,12 +35,16 @@ from rich.table import Table
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "quality.json"
 CODE = ("ops/grid.py", "ops/solve.py", "ops/latent.py", "engine/walk.py", "engine/stream.py", "engine/tune.py")
-DRIVERS = {"llm-compressor": "llm_compressor.py", "auto-round": "autoround.py"}  # below bench/peers
+DRIVERS = {  # below bench/peers
+    "llm-compressor": "llm_compressor.py", "auto-round": "autoround.py", "gptqmodel": "gptqmodel_gptq.py",
+    "hqq": "hqq_free.py",
+}  # fmt: skip
 FREE = ("rtn", "hqq")  # methods that see no data
 PEER = """A peer's rows need an environment of its own (about 1.5 GB):
     python3.11 -m venv PEER && echo torch==2.13.0 > constraints.txt
     PEER/bin/pip install torch==2.13.0
-    PEER/bin/pip install llmcompressor==0.14.0.1 -c constraints.txt      or: auto-round==0.16.1
+    PEER/bin/pip install llmcompressor==0.14.0.1 -c constraints.txt
+    or auto-round==0.16.1, gptqmodel==7.6.0, hqq==0.2.8.post1
 then: --peer-python PEER/bin/python, with --only for the rows of that peer"""
 Row = dict[str, Any]
 
@@ -67,11 +73,20 @@ ENTRIES = (
     Entry("wherry", "hqq"),
     Entry("wherry", "rounding"),
     Entry("wherry", "best"),
+    Entry("wherry", "rotation+gptq"),
+    Entry("wherry", "awq+gptq"),
     Entry("auto-round", "rounding"),
+    Entry("gptqmodel", "gptq"),
+    Entry("gptqmodel", "gptq", "mse=2.4"),
+    Entry("gptqmodel", "gptaq"),
+    Entry("hqq", "hqq"),
+    Entry("hqq", "hqq", "axis=0"),
     Entry("llama.cpp", "quantize"),
     Entry("llama.cpp", "quantize", "imatrix=true"),
     Entry("llm-compressor", "rtn"),
     Entry("llm-compressor", "gptq"),
+    Entry("llm-compressor", "gptq", "observer=imatrix_mse"),
+    Entry("llm-compressor", "awq"),
 )
 
 
@@ -86,6 +101,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", help="labels to run: 'wherry gptq' 'llm-compressor gptq damp=0.1' ...")
     parser.add_argument("--peer-python", help="python of the peer's environment")
     parser.add_argument("--cache", type=Path, default=HERE / "results" / "cache", help="where reference models lie")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where rows are read and written")
     parser.add_argument("--refresh", action="store_true", help="measure again what is cached")
     parser.add_argument("--table", action="store_true", help="only print what is cached")
     return parser.parse_args()
@@ -93,7 +109,9 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Measure what is missing, then print the table."""
+    global RESULTS
     a = arguments()
+    RESULTS = a.results.absolute()
     if not a.table and not a.model:
         raise SystemExit("say --model, or --table to print the cached rows")
     entries = [Entry(*label.split(" ", 2)) for label in a.only] if a.only else list(ENTRIES)
@@ -108,8 +126,6 @@ def main() -> None:
 
 def run(name: str, schemes: list[str], size: int, entries: list[Entry], seeds: range, a: argparse.Namespace) -> None:
     """Measure one model's missing rows, one after the other, saving after each."""
-    import measure
-
     a.cache.mkdir(parents=True, exist_ok=True)
     folder, float_, peer = prepare(name, a.cache), None, Peer(a.peer_python)
     for seed in seeds:
@@ -127,22 +143,42 @@ def run(name: str, schemes: list[str], size: int, entries: list[Entry], seeds: r
                 key |= {"scheme": scheme, "group_size": size, "seed": None if free else seed}
                 if not a.refresh and any(matches(row, key) and row["inputs"] == digest for row in rows()):
                     continue
-                float_ = float_ or measure.reference(folder, evaluation)
+                if float_ is None:
+                    float_ = reference(name, folder, evaluation)
                 out = a.cache / f"out-{os.getpid()}"
                 np.save(out.with_suffix(".npy"), calibration)
                 job = (entry, folder, out, scheme, size, out.with_suffix(".npy"))
                 tool = {"wherry": wherry, "llama.cpp": llama_cpp}.get(entry.tool, peer.compress)
                 took = tool(*job)
-                row = key | measure.compare(out, evaluation, float_) | took
+                row = key | compare(name, out, evaluation, float_) | took
                 row |= {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "inputs": digest}
                 row |= {"threads": os.environ.get("OMP_NUM_THREADS", "all")}
                 row |= {"windows": list(calibration.shape), "evaluated": list(evaluation.shape)}
                 save([*(old for old in rows() if not matches(old, key)), row])
                 shutil.rmtree(out)
-                told = f"perplexity {row['perplexity']:.4f} (float {row['float_perplexity']:.4f}), KL {row['kl']:.4f}"
+                told = ", ".join(f"{k} {row[k]:.4f}" for k in ("perplexity", "kl", "kept", "distance") if k in row)
                 print(
                     f"{name} {scheme} g{size} {entry.label} seed {key['seed']}: {told}, {took['seconds']} s", flush=True
                 )
+
+
+def reference(name: str, folder: Path, evaluation: np.ndarray) -> Any:
+    """The float model's side of every comparison."""
+    import measure
+
+    if name == "minilm":
+        return encoder.embed(encoder.load(folder), folder)
+    return measure.reference(folder, evaluation)
+
+
+def compare(name: str, out: Path, evaluation: np.ndarray, float_: Any) -> Row:
+    """What the ruler of the model says of a result."""
+    import measure
+
+    if name == "minilm":
+        size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        return encoder.compare(encoder.load(out), out, float_, size)
+    return measure.compare(out, evaluation, float_)
 
 
 def wherry(entry: Entry, folder: Path, out: Path, scheme: str, size: int, tokens: Path) -> Row:
@@ -152,12 +188,16 @@ def wherry(entry: Entry, folder: Path, out: Path, scheme: str, size: int, tokens
 
     extra = "".join(f",{item}" for item in entry.options.split(",") if item)
     group = "" if Scheme.parse(scheme).fixed else f",group_size={size}"
-    recipe = f"{entry.method}:scheme={scheme}{group},embedding=keep{extra}"
+    *before, method = entry.method.split("+")
+    recipe = " | ".join([*before, f"{method}:scheme={scheme}{group},embedding=keep{extra}"])
     start, cpu = time.perf_counter(), time.process_time()
     plan, batches = api.plan(folder, recipe), []
     if plan.recipe.calibrated:
-        source = data.read(tokens)
-        batches = deliver.calibration(plan.checkpoint, source, *np.load(tokens).shape, seed=0)
+        table = np.load(tokens)
+        if table.min() < 0:
+            batches = encoder.batches(table)
+        else:
+            batches = deliver.calibration(plan.checkpoint, data.read(tokens), *table.shape, seed=0)
     deliver.deliver(plan, out, (), batches, {"data": str(tokens)}, lambda result: None, api.quiet)
     took = {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
     names = ("wherry", "torch", "transformers", "compressed-tensors")
@@ -184,11 +224,13 @@ class Peer:
         """Make `out` from `folder`; returns what it took."""
         driver = HERE / "peers" / DRIVERS[entry.tool]
         if self.process is None:
-            words = ["nice", "-n", "5", str(self.python), "-W", "ignore", str(driver), "--serve"]
-            quiet = {"stderr": subprocess.DEVNULL, "text": True, "bufsize": 1}
-            self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **quiet)
+            python, place = Path(str(self.python)).absolute(), tempfile.mkdtemp()  # some leave logs where they stand
+            words = ["nice", "-n", "5", python, "-W", "ignore", driver.resolve(), "--serve"]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+            self.process = subprocess.Popen([*map(str, words)], text=True, bufsize=1, cwd=place, **pipes)
         knobs = [word for item in entry.options.split(",") if item for word in f"--{item}".split("=")]
-        line = ["--model", folder, "--tokens", tokens, "--out", out, "--method", entry.method, "--scheme", scheme]
+        line = ["--model", folder.resolve(), "--tokens", tokens.resolve(), "--out", out.resolve()]
+        line += ["--method", entry.method, "--scheme", scheme]
         print(shlex.join(map(str, [*line, "--group-size", size, *knobs])), file=self.process.stdin, flush=True)
         for answer in self.process.stdout:
             if answer.startswith("{"):
@@ -230,7 +272,7 @@ def show(found: list[Row]) -> None:
     table = Table(box=None, pad_edge=False, collapse_padding=True)
     for title in ("", "seeds", "bits", "perplexity", "KL", "ratio", "spread", "KL ratio"):
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
-    for (model, scheme, size), by in groups(found):
+    for (model, scheme, size), by in groups([row for row in found if "kl" in row]):
         float_ = next(iter(by.values()))[0]["float_perplexity"]
         table.add_row(f"[bold]{model} {scheme} g{size}[/bold]", "", "16", f"{float_:.3f}", "0")
         for entry, runs in sorted(by.items(), key=lambda item: (item[0].method, item[0].tool, item[0].options)):
@@ -242,13 +284,31 @@ def show(found: list[Row]) -> None:
                 spread = f"{min(more):.3f}-{max(more):.3f}" if len(more) > 1 else ""
                 figures += [f"{statistics.median(more):.3f}", spread, f"{statistics.median(kls):.3f}"]
             table.add_row(f"  {entry.label.replace('observer=', '')}", *figures)
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(table)
+    console.print(encoders([row for row in found if "distance" in row]))
     console.print(
         "ratio: perplexity above float, ours / the peer's best setting of the same method, median over\n"
         "calibration seeds; spread: least to most. bits: file bytes * 8 / parameters, all included.\n"
         "KL in nats per token, medians over seeds."
     )
+
+
+def encoders(found: list[Row]) -> Table:
+    """The encoder's rows: medians over seeds, and the interval of the first."""
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    for title in ("", "seeds", "bits", "Spearman", "kept", "95%", "1 - cosine"):
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
+    for (model, scheme, size), by in groups(found):
+        float_ = f"{found[0]['float_spearman']:.4f}"
+        table.add_row(f"[bold]{model} {scheme} g{size}[/bold]", "", "16", float_, "1", "", "0")
+        for entry, runs in sorted(by.items(), key=lambda item: (item[0].method, item[0].tool, item[0].options)):
+            names = ("bits", "spearman", "kept", "distance")
+            bits, rank, kept, far = (statistics.median(run[k] for run in runs) for k in names)
+            ends = f"{runs[0]['kept_low']:.4f}-{runs[0]['kept_high']:.4f}"
+            figures = [str(len(runs)), f"{bits:.3f}", f"{rank:.4f}", f"{kept:.4f}", ends, f"{far:.5f}"]
+            table.add_row(f"  {entry.label}", *figures)
+    return table
 
 
 def best(by: dict[Entry, list[Row]], method: str) -> list[Row]:

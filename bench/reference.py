@@ -4,6 +4,7 @@
                on a 16-level grid already, so 3 bits are the fairer test there. Text: wikitext-2 valid.
     babyllama  BabyLlama, 0.94 M parameters, a true float (llama2.c file). Text: its own samples at temperature 1,
                so that ln(perplexity / float perplexity) estimates the divergence.
+    minilm     all-MiniLM-L6-v2, an encoder of 22.7 M parameters, a true float; its sentences and ruler: encoder.py.
     decoder    the project's own small model (bench/decoder/model), a true float. Text it has not seen: Romans and
                letter K calibrate, Acts and letter J evaluate (bench/decoder/heldout).
 
@@ -24,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import encoder
 import numpy as np
 import torch
 
@@ -175,6 +177,7 @@ MODELS = {
     "smollm2": Reference(build_smollm2, wikitext_tokens, 512, 16, 12, 64),
     "babyllama": Reference(build_babyllama, babyllama_tokens, 256, 64, 96, 32),
     "decoder": Reference(build_decoder, decoder_tokens, 512, 64, 64, 64),
+    "minilm": Reference(encoder.build, lambda folder: encoder.calibration(folder, 0), encoder.LENGTH, 64, 0, 32),
 }
 
 
@@ -205,8 +208,10 @@ def halves(name: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
 def windows(name: str, folder: Path, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The calibration windows that a seed draws, and the evaluation windows, the same for every seed.
 
-    Evaluation windows are spread evenly over the second half.
+    Evaluation windows are spread evenly over the second half. For the encoder: sentences, and the pairs' scores.
     """
+    if name == "minilm":
+        return encoder.calibration(folder, seed), np.array([score for _, _, score in encoder.held_out()])
     first, second = halves(name, folder)
     model = MODELS[name]
     drawn = np.random.default_rng(seed).choice(len(first), min(model.calibration, len(first)), replace=False)

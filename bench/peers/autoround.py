@@ -4,9 +4,9 @@
         --method rounding --scheme W3A16_ASYM --group-size 32 [--iters 200]
 
 Reads a Hugging Face folder and an array of token ids [windows, length]; writes a folder of plain fp16 weights of what
-its codes mean (its own format needs its own loader), and counts the bits as codes, fp16 scales, zeros of the linears
-plus fp16 of the rest. Only the linears are quantized, in float32. Ends with one JSON line of what it took. With
---serve it reads such arguments line by line from stdin.
+its codes mean (its own format needs its own loader), and counts the bytes of the weight files that it saves in its own
+format, of a model that is fp16 otherwise. Only the linears are quantized, in float32. Ends with one JSON line of what
+it took. With --serve it reads such arguments line by line from stdin.
 
 The environment: python3.11 -m venv PEER; PEER/bin/pip install torch==2.13.0; PEER/bin/pip install auto-round==0.16.1
 """
@@ -16,6 +16,7 @@ import contextlib
 import importlib.metadata
 import json
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -53,16 +54,18 @@ def compress(a: argparse.Namespace) -> dict[str, object]:
         )  # fmt: skip
         done, _ = peer.quantize()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+    every = sum({p.data_ptr(): p.numel() for p in done.parameters()}.values())
     done.to(torch.float16).save_pretrained(a.out)
-    linear = sum(m.weight.numel() for n, m in done.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head")
-    rest = sum({p.data_ptr(): p.numel() for p in done.parameters()}.values()) - linear
-    bits = int(a.scheme[1])
-    each = bits + (16 + (bits if a.scheme.endswith("_ASYM") else 0)) / a.group_size
+    own = a.out.with_name(f"{a.out.name}-own")
+    with contextlib.redirect_stdout(sys.stderr):
+        peer.save_quantized(str(own), format="auto_round", inplace=True)
+    size = sum(file.stat().st_size for file in own.rglob("*.safetensors"))
+    shutil.rmtree(own)
     return {
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
-        "bytes": round((linear * each + rest * 16) / 8),
-        "bits": (linear * each + rest * 16) / (linear + rest),
+        "bytes": size,
+        "bits": size * 8 / every,
         "versions": [f"{name}=={importlib.metadata.version(name)}" for name in ("auto-round", "torch", "transformers")],
     }
 

@@ -81,15 +81,32 @@ def distance(
     inputs = [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in batches]
     causal = plan.task.kind == "text-generation"
     options = {"use_cache": False} if causal else {}
+    known: dict[int, torch.Tensor] = {}
+    head: Any = teacher.get_output_embeddings() if causal else None  # type: ignore[operator]
+
+    @torch.no_grad()
+    def target(i: int) -> torch.Tensor:
+        """What the original puts out; its last hidden states are kept where the head alone makes the logits of them."""
+        if i in known:
+            return known[i] if head is None else head(known[i])
+        seen: list[torch.Tensor] = []
+        handle = None if head is None else head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        out = teacher(**inputs[i], **options)
+        if handle is not None:
+            handle.remove()
+        found = out.logits if causal else out.last_hidden_state
+        if head is None:
+            known[i] = found
+        elif len(seen) == 1 and torch.equal(head(seen[0]), found):  # not so where logits are capped or scaled
+            known[i] = seen[0]
+        return found
 
     def loss(i: int) -> torch.Tensor:
         weights = others | {place: latent.weight() for place, latent in latents.items()}
-        with torch.no_grad():
-            target = teacher(**inputs[i], **options)
         out = torch.func.functional_call(module, weights, (), {**inputs[i], **options})
         if not causal:
-            return relative_error(out.last_hidden_state, target.last_hidden_state)
-        p, q = target.logits.flatten(0, 1).log_softmax(-1), out.logits.flatten(0, 1).log_softmax(-1)
+            return relative_error(out.last_hidden_state, target(i))
+        p, q = target(i).flatten(0, 1).log_softmax(-1), out.logits.flatten(0, 1).log_softmax(-1)
         return torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)
 
     return loss

@@ -104,42 +104,44 @@ def relative_error(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def learn(
     loss: Loss, latents: Iterable[Latent], free: list[torch.Tensor], batches: int,
-    iters: int, lr: float, lr_scale: float, lr_free: float, seed: int = 0,
+    iters: int, lr: float, lr_scale: float, lr_free: float, seed: int = 0, more: int = 0,
 ) -> tuple[float, float]:  # fmt: skip
     """Move latents (and free tensors) by Adam with rates that fall to 0, and keep the best of all rounds.
 
-    loss(i) is that of batch i of `batches`, taken in a seeded new order every round. Every round's end is measured over
-    all batches without gradients; the best one stays, the beginning included. Returns the losses of the beginning and
-    of what stays. Raises Diverged when the loss is not finite.
+    loss(i) is that of batch i of `batches`, taken in a seeded new order every round. Of eight batches and more one in
+    eight is not learned from: these judge, without gradients, the beginning and 8 states on the way, and the best of
+    them stays, so that what is only learned by heart does not. Fewer batches judge and teach. Returns the losses of
+    the beginning and of what stays. Raises Diverged when the loss is not finite.
     """
     mine = list(latents)
     groups = [([q.v for q in mine], lr), ([q.a for q in mine], lr_scale), (free, lr_free)]
     optimizer = torch.optim.Adam([{"params": p, "lr": rate} for p, rate in groups if p and rate > 0], betas=(0.9, 0.95))
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / iters)
     order = torch.Generator().manual_seed(seed)
+    judges = held_out(batches)
+    teachers = [i for i in range(batches + more) if i not in judges] or judges
 
     @torch.no_grad()
     def measure() -> float:
-        return float(sum(float(loss(i)) for i in range(batches)) / batches)
+        return float(sum(float(loss(i)) for i in judges) / len(judges))
 
     def state() -> list[Any]:
         return [[q.state() for q in mine], [p.detach().clone() for p in free]]
 
     first = least = measure()
-    best, rounds = state(), 0
+    best = state()
     for done in range(iters):
-        if done % batches == 0:
-            turn = torch.randperm(batches, generator=order).tolist()
-        value = loss(turn[done % batches])
+        if done % len(teachers) == 0:
+            turn = torch.randperm(len(teachers), generator=order).tolist()
+        value = loss(teachers[turn[done % len(teachers)]])
         if not torch.isfinite(value):
             raise Diverged(f"learning codes: the loss is not finite at step {done}: lower lr and lr_scale")
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
         falling.step()
-        rounds += 1
-        if done + 1 == iters or (rounds >= max(batches, iters // 8)):
-            rounds, now = 0, measure()
+        if done + 1 == iters or (done + 1) % max(iters // 8, 1) == 0:
+            now = measure()
             if now < least:
                 least, best = now, state()
     for q, kept in zip(mine, best[0], strict=True):
@@ -148,3 +150,8 @@ def learn(
         for p, kept in zip(free, best[1], strict=True):
             p.copy_(kept)
     return first, least
+
+
+def held_out(batches: int) -> list[int]:
+    """The batches that judge: one in eight, spread over all; every one where there are fewer than eight."""
+    return list(range(3, batches, 8)) if batches >= 8 else list(range(batches))

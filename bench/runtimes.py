@@ -321,7 +321,8 @@ def tensors(source: Any, sizes: tuple[int, ...] | None) -> Any:
     layers, hidden, inner, heads, keys = sizes
     key = hidden // heads * keys
     shapes = {"attn_q": (hidden, hidden), "attn_k": (key, hidden), "attn_v": (key, hidden)}
-    shapes |= {"attn_output": (hidden, hidden), "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner)}
+    shapes |= {"attn_output": (hidden, hidden)}
+    shapes |= {"ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner)}
     vocab = next(int(t.shape[1]) for t in source.tensors if t.name == "token_embd.weight")
     yield "token_embd.weight", random.standard_normal((vocab, hidden), np.float32) / 50
     yield "output_norm.weight", np.ones(hidden, np.float32)

@@ -24,5 +24,9 @@ def test_all_classes_cached_give_the_same_losses(tmp_path: Path) -> None:
         losses[top] = run(job)["losses"]
     assert losses[4096] == pytest.approx(losses[0], rel=5e-3)  # the cache is float16
     assert all(a <= b + 1e-6 for a, b in zip(losses[8][:1], losses[0][:1], strict=True))  # a bound
+    for recipe in ("kl | hidden", "kl | onpolicy", "kl | kl:temperature=2"):
+        with pytest.raises(BadInput, match="leave top out"):
+            run(Job(model=str(student), teacher=str(teacher), out=str(tmp_path / "no"), data=str(text), length=16,
+                    recipe=recipe, steps=1, top=8))  # fmt: skip
     with pytest.raises(BadInput, match="teacher"):
         run(Job(model=str(student), out=str(tmp_path / "no"), data=str(text), recipe="kl", steps=1, top=8))

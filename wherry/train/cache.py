@@ -215,6 +215,16 @@ class Cached:
         return {name: batch[PREFIX + name] for name in ROWS} | {"temperature": self.facts.temperature}
 
 
+def fits(job: Any, objective: Any) -> None:
+    """Raise BadInput where a run asks its teacher what a cache cannot know."""
+    losses = [step for step in objective.losses if "teacher" in step.needs]
+    if sorted(objective.needs - {"teacher"}) or [step.method for step in losses] != ["kl"]:
+        raise BadInput("top: a cache holds the teacher's logits for one step kl; leave top out for this recipe")
+    if objective.having("sample") or job.augment:
+        changing = "augment" if job.augment else "onpolicy"
+        raise BadInput(f"top: with {changing} each sample is new every time, and no cache knows it; leave top out")
+
+
 class Answered:
     """Samples with the cached teacher's answers in each batch, read by whoever makes the batches."""
 

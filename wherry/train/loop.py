@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from wherry import __version__
+from wherry.checkpoint import Safetensors
 from wherry.errors import BadInput, Diverged, Exhausted, Missing
 from wherry.journal import Journal
 from wherry.objective import IGNORE, Objective
@@ -106,10 +107,12 @@ class Run:
     def _ask_teacher(self) -> None:
         """Ask the teacher once, keep its answers on disk, let it go; see `cache`."""
         job, world, teacher = self.job, self.world, self.learner.teacher
+        world.agree(lambda: teachers.fits(job, self.objective))
+        asked = next(step for step in self.objective.losses if "teacher" in step.needs)
+        source = teacher.checkpoint.source if teacher.checkpoint is not None else Safetensors(Path(job.teacher))
         facts = teachers.Facts(
-            top=job.top, temperature=next(s.temperature for s in self.objective.steps if hasattr(s, "temperature")),
-            classes=self.student.classes, dtype="float16", teacher=teacher.checkpoint.source.fingerprint(),
-            data=self.data.digest, length=self.length,
+            top=job.top, temperature=asked.temperature, classes=self.student.classes, dtype="float16",
+            teacher=source.fingerprint(), data=self.data.digest, length=self.length,
         )  # fmt: skip
         each = (order.share(self._ids(step), world.data_rank, world.data_size) for step in range(self.steps))
         try:

@@ -81,8 +81,9 @@ def write_llama(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
+    extra = {"intermediate_size": 2 * hidden, **extra}
     config = LlamaConfig(
-        vocab_size=512, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        vocab_size=512, hidden_size=hidden, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=256, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2,
         rms_norm_eps=1e-5, **extra,

@@ -1,8 +1,12 @@
 """Grids that are no plain integers: against torch's floats, compressed-tensors' decompressors, gguf's dequantizers."""
 
+import ctypes
+import sys
+
 import numpy as np
 import pytest
 import torch
+import xllamacpp  # noqa: F401
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from gguf.constants import GGMLQuantizationType
@@ -151,6 +155,44 @@ def test_scales_that_are_no_k_quant_are_refused() -> None:
     q = rtn("Q4_K", weight())
     with pytest.raises(Unsupported, match="super-block"):
         kquant.pack(QTensor(q.scheme, q.code, q.scale * torch.rand_like(q.scale), q.zero))
+
+
+ROWS = {
+    "Q4_0": "W4A16", "Q4_1": "W4A16_ASYM", "Q8_0": "W8A16", "MXFP4": "MXFP4A16", **{kind: kind for kind in K},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_llama_cpp_decodes_the_same_bits(kind: str) -> None:
+    """By the C functions of llama.cpp itself (dequantize_row_*), as the wheel exports them."""
+    function = getattr(ctypes.CDLL(sys.modules["xllamacpp.xllamacpp"].__file__), f"dequantize_row_{kind.lower()[:2]}{kind[2:]}"
+                       if kind != "MXFP4" else "dequantize_row_mxfp4")  # fmt: skip
+    function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    for seed in (0, 1):
+        w = weight(seed=seed)
+        step = build("rtn", {"scheme": ROWS[kind]} | ({} if kind in K or kind == "MXFP4" else {"group_size": 32}))
+        q = step.solve(w)
+        found, blocks = block_pack("w", q)
+        assert found == kind
+        blocks, out = np.ascontiguousarray(blocks), np.empty(w.shape, np.float32)
+        function(blocks.ctypes.data, out.ctypes.data, out.size)
+        np.testing.assert_array_equal(out, q.decode().numpy())
+
+
+SAID = [name for name, scheme in PRESETS.items() if layout.form(scheme) != "wherry" and scheme.activations is None]
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_every_scheme_that_they_can_say_decodes_as_theirs(name: str) -> None:
+    """compressed-tensors' own decompressors, on integers bit for bit; it computes floats' scales in bfloat16."""
+    q = rtn(name, weight())
+    state = layout.parts(q)
+    if q.scheme.kind == "int":
+        state["weight_scale"] = state["weight_scale"].float()
+    theirs = QuantizationScheme(targets=["Linear"], **q.scheme.to_compressed_tensors())
+    plain = BaseCompressor.get_value_from_registry(layout.form(q.scheme)).decompress(state, theirs)
+    near = 0 if q.scheme.kind == "int" else 2**-8
+    torch.testing.assert_close(plain["weight"].float(), q.decode(), rtol=near, atol=0)
 
 
 @pytest.mark.parametrize("name", ["FP8A16", "NVFP4A16", "MXFP4A16"])

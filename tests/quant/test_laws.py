@@ -8,10 +8,16 @@ import torch
 from wherry.ops import grid
 from wherry.ops.latent import Latent
 from wherry.recipe import build
-from wherry.scheme import QTensor
+from wherry.scheme import PRESETS, QTensor
+from wherry.shelf import names
 
-CALIBRATED = ["gptq", "gptaq", "awq"]
-FREE = ["rtn", "hqq", "rounding"]
+SOLVERS = [name for name in names("quant") if build(name, {}).solves]  # a new one is under the laws at once
+FREE = [name for name in SOLVERS if not hasattr(build(name, {}), "observe")]
+CALIBRATED = [name for name in SOLVERS if name not in FREE]
+WITH_ZERO = [
+    "W4A16_ASYM", "W3A16", "W2A16_ASYM", "W8A16", "NF4", "MXFP4A16", "NVFP4A16", "FP4A16", "FP8A16", "FP8_E5M2A16",
+    "W1.58A16", "Q3_K", "Q6_K",
+]  # fmt: skip
 
 
 def solve(method: str, w: torch.Tensor, x: torch.Tensor, **knobs: Any) -> QTensor:
@@ -22,6 +28,10 @@ def solve(method: str, w: torch.Tensor, x: torch.Tensor, **knobs: Any) -> QTenso
     return step.solve(w, step.observe(None, x, *extra))
 
 
+def sized(scheme: str) -> dict[str, int]:
+    return {} if PRESETS[scheme].fixed or scheme.startswith("FP8") else {"group_size": 32}
+
+
 def inputs(tokens: int, k: int, seed: int = 0) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
     return torch.randn(tokens, k // 4, generator=g) @ torch.randn(k // 4, k, generator=g) + 0.1 * torch.randn(
@@ -30,12 +40,12 @@ def inputs(tokens: int, k: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", CALIBRATED)
-@pytest.mark.parametrize("scheme", ["W4A16_ASYM", "W2A16"])
+@pytest.mark.parametrize("scheme", ["W4A16_ASYM", "W2A16", "NF4", "MXFP4A16", "FP8A16", "Q4_K", "Q6_K", "W2A16_BINARY"])
 def test_white_inputs_make_it_round_to_nearest(method: str, scheme: str) -> None:
     """Inputs without correlation leave nothing to gain: the codes are the nearest ones of the searched ranges."""
     torch.manual_seed(0)
-    w, x = torch.randn(24, 96), torch.eye(96) * 96**0.5
-    knobs = {"scheme": scheme, "group_size": 32} | ({"damp": 0, "refit": False} if method != "awq" else {})
+    w, x = torch.randn(24, 256), torch.eye(256) * 16
+    knobs: dict[str, Any] = {"scheme": scheme, **sized(scheme)} | ({"damp": 0, "refit": False} if method != "awq" else {})
     ours = solve(method, w, x, **knobs)
     step = build(method, knobs)
     nearest = grid.encode(w, step.scheme, *grid.search(w, step.scheme, step.rounding))
@@ -43,14 +53,14 @@ def test_white_inputs_make_it_round_to_nearest(method: str, scheme: str) -> None
     assert torch.equal(ours.scale, nearest.scale)
 
 
+@pytest.mark.parametrize("scheme", WITH_ZERO)
 @pytest.mark.parametrize("method", [*CALIBRATED, *FREE])
-def test_exact_zeros_stay_zero(method: str) -> None:
+def test_exact_zeros_stay_zero(method: str, scheme: str) -> None:
     torch.manual_seed(1)
-    w = torch.randn(16, 64)
+    w = torch.randn(16, 256)
     mask = torch.rand_like(w) < 0.5
     w[mask] = 0
-    for scheme in ("W4A16_ASYM", "W3A16", "W2A16_ASYM"):
-        assert (solve(method, w, inputs(200, 64), scheme=scheme, group_size=32).decode()[mask] == 0).all()
+    assert (solve(method, w, inputs(300, 256), scheme=scheme, **sized(scheme)).decode()[mask] == 0).all()
 
 
 @pytest.mark.parametrize("method", [*CALIBRATED, *FREE])

@@ -9,13 +9,12 @@ import os
 import signal
 import sys
 import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
 from wherry.errors import Error
-from wherry.train import loop
+from wherry.train import loop, mesh
 from wherry.train.job import Job
 
 
@@ -34,11 +33,15 @@ def watched(case: dict, rank: int):
 
 def main(path: Path) -> None:
     rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    for case in json.loads(path.read_text()):
-        told = path.with_name(f"{case['name']}.result.json")
-        if told.exists():  # of a round before a restart
+    cases = json.loads(path.read_text())
+    told_of = {case["name"]: path.with_name(f"{case['name']}.result.json") for case in cases}
+    done = {name for name, told in told_of.items() if told.exists()}  # in a round before a restart
+    mesh.meet("gloo", 120.0)
+    dist.barrier()
+    for case in cases:
+        if case["name"] in done:
             continue
+        told = told_of[case["name"]]
         try:
             result = loop.run(Job.from_dict(case["job"]), watched(case, rank))
         except Error as error:

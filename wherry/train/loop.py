@@ -23,10 +23,10 @@ from wherry.errors import BadInput, Diverged, Exhausted, Missing
 from wherry.journal import Journal
 from wherry.objective import IGNORE, Objective
 from wherry.train import cache as teachers
-from wherry.train import mesh, order, samples, save, student, watch
+from wherry.train import mesh, order, pictures, samples, save, student, watch
 from wherry.train import start as starts
 from wherry.train.job import Job
-from wherry.train.learner import Learner, agreed
+from wherry.train.learner import Learner, agreed, seed_of
 from wherry.train.mesh import World
 from wherry.train.samples import Batch
 
@@ -82,7 +82,7 @@ class Run:
         self.journal: Journal | None = None
         self.folder = Path(self._shared(self._open_journal))
         self.saver = save.Saver(self.folder / "checkpoints", world, job.keep, job.fingerprint)
-        self.skipped = self.rollbacks = 0
+        self.skipped = self.rollbacks = self.flops = 0
         self.notes: list[str] = []
         self.begin = self._resume(job.resume)
         self.log = world.agree(lambda: watch.Log(self.folder, world.rank, self.begin))
@@ -103,6 +103,9 @@ class Run:
         if self.held_out is not None and {p.digest for p in self.held_out.parts} & {p.digest for p in self.data.parts}:
             raise BadInput("held_out is among the training data: a model must be judged on other data")
         self._ids(0)
+        self.turns = pictures.ways(job.augment)
+        if self.turns and task.modality != "image":
+            raise BadInput(f"augment {job.augment} is for pictures; this model takes {task.modality}")
 
     def _ask_teacher(self) -> None:
         """Ask the teacher once, keep its answers on disk, let it go; see `cache`."""
@@ -161,6 +164,7 @@ class Run:
         facts = self.world.agree(lambda: self.saver.read(self._state(), path))
         self.learner.scale = float(facts.get("scale", 1.0))
         self.skipped, self.rollbacks = int(facts.get("skipped", 0)), int(facts.get("rollbacks", 0))
+        self.flops = int(facts.get("flops", 0))
         return int(facts["update"]) if whole else 0
 
     def go(self, progress: Progress) -> dict[str, Any]:
@@ -169,25 +173,21 @@ class Run:
         restore = self._listen()
         loader = ThreadPoolExecutor(1)
         try:
-            seconds, flops = self._updates(loader, progress)
+            seconds = self._updates(loader, progress)
             self.saver.wait()
-        except BaseException:
-            self.log.close()
-            raise
+            after = self.measure() if self.held_out is not None else None
         finally:
             loader.shutdown(wait=True, cancel_futures=True)
             self.saver.close()
             restore()
-        self.log.flush()
-        after = self.measure() if self.held_out is not None else None
-        result = self._result(seconds, flops, before, after)
-        self.log.close()
+            self.log.close()
+        result = self._result(seconds, before, after)
         self._export(result)
         return result
 
-    def _updates(self, loader: ThreadPoolExecutor, progress: Progress) -> tuple[float, int]:
+    def _updates(self, loader: ThreadPoolExecutor, progress: Progress) -> float:
         job, learner = self.job, self.learner
-        step, failed, spent, flops = self.begin, 0, 0.0, 0
+        step, failed, spent = self.begin, 0, 0.0
         saved_at, saved = time.monotonic(), self.begin
         ahead = loader.submit(self._load, step)
         began = time.perf_counter()
@@ -202,9 +202,9 @@ class Run:
             unsaved = self.saver.problem()
             due = not job.save_every and time.monotonic() - saved_at > SAVE_S
             flags = (float(self.stop), float(self.world.first and due))
-            with watch.counted(step == min(self.begin + 1, self.steps - 1)) as counter:
+            with watch.counted(step == min(1, self.steps - 1)) as counter:  # it may change the last bits: once in a run
                 done = learner.update(step, self.steps, batches, problem or unsaved, flags)
-            flops = flops or counter()
+            self.flops = self.flops or counter()
             step += 1
             self.log.saw(step, ids)
             row = {"update": step, "loss": done.loss, "norm": done.norm, "rate": done.rate}
@@ -237,10 +237,12 @@ class Run:
                 self.saver.wait()
                 raise agreed(Exhausted(f"stopped by a signal after update {step}, which is saved.\n"
                                        "The same command goes on there."))  # fmt: skip
-        return spent, flops
+        return spent
 
     def _facts(self) -> dict[str, Any]:
-        return {"scale": self.learner.scale, "skipped": self.skipped, "rollbacks": self.rollbacks}
+        return {
+            "scale": self.learner.scale, "skipped": self.skipped, "rollbacks": self.rollbacks, "flops": self.flops
+        }  # fmt: skip
 
     def _again(self, loader: ThreadPoolExecutor, ahead: Future, step: int) -> Future:
         ahead.cancel()
@@ -284,6 +286,9 @@ class Run:
         mine = order.share(self._ids(step), self.world.data_rank, self.world.data_size)
         size = self.learner.rows or min(job.micro_batch or len(mine), len(mine))
         made = [self.data.batch(mine[i : i + size]) for i in range(0, len(mine), size)]
+        if self.turns:
+            chance = torch.Generator().manual_seed(seed_of(job.seed + 1, step, self.world.data_rank))
+            made = [pictures.turned(batch, self.student.task.inputs[0], self.turns, chance) for batch in made]
         for batch in made:
             self._check(batch)
         return mine, made
@@ -316,14 +321,14 @@ class Run:
                 batch["targets"] = torch.full_like(batch["targets"], IGNORE)
             yield batch
 
-    def _result(self, seconds: float, flops: int, before: Any, after: Any) -> dict[str, Any]:
+    def _result(self, seconds: float, before: Any, after: Any) -> dict[str, Any]:
         job, world, learner = self.job, self.world, self.learner
         done = self.steps - self.begin
         seen = done * job.batch
         dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
         mfu = None
-        if flops and seconds:
-            mfu = flops * done / seconds / watch.matmul_rate(world.device, dtype)
+        if self.flops and seconds:
+            mfu = self.flops * done / seconds / watch.matmul_rate(world.device, dtype)
         losses = self.log.losses()
         params = [(p.numel(), p.requires_grad) for p in learner.inner.parameters()]
         return {
@@ -340,6 +345,7 @@ class Run:
 
     def _export(self, result: dict[str, Any]) -> None:
         """The first rank writes the whole student, as a model that every other verb takes."""
+        self.world.barrier()  # every rank has closed its files
         state = self.learner.gathered() if self.world.size > 1 else None
         self.world.agree(lambda: self._write(state, result) if self.world.first else None)
 
@@ -360,7 +366,7 @@ class Run:
         out.mkdir()
         student.write(made, out, [(part.name, part.digest) for part in self.data.parts])
         watch.report(result, self.log.rows).save(out / "report.json")
-        for name in ("metrics.jsonl", "tensorboard", "job.json"):
-            if (self.folder / name).exists():
-                os.rename(self.folder / name, out / name)
+        for pattern in ("metrics.jsonl", "samples-*.jsonl", "tensorboard", "job.json"):
+            for path in self.folder.glob(pattern):
+                os.rename(path, out / path.name)
         self.journal.finish(out)

@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from wherry import errors
 from wherry.errors import BadInput, Error, Exhausted
@@ -168,7 +170,7 @@ def joined(job: Job) -> Iterator[World]:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     own = not dist.is_initialized()  # several runs of one program share their process group
     if own:
-        dist.init_process_group(backend, timeout=timedelta(seconds=job.timeout))
+        meet(backend, job.timeout)
     try:
         mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=DIMS)
         places = dict(zip(DIMS, mesh.get_coordinate() or (), strict=True))
@@ -184,6 +186,18 @@ def joined(job: Job) -> Iterator[World]:
     finally:
         if own:
             dist.destroy_process_group()
+
+
+def meet(backend: str, timeout: float) -> None:
+    """Make the process group of the processes that torchrun started.
+
+    On one host each restart has keys of its own in torchrun's store: what the ranks before it left there is stale.
+    """
+    wait = timedelta(seconds=timeout)
+    store, rank, size = next(rendezvous("env://", timeout=wait))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
 
 
 def _told(job: Job, size: int) -> dict[str, int]:

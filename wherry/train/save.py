@@ -11,6 +11,7 @@ group of its own. The newest whole checkpoints are kept; one that failed is remo
 import errno
 import json
 import logging
+import pickletools
 import shutil
 import warnings
 from collections.abc import Callable, Iterable
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -72,7 +74,8 @@ class Saver:
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None
         self.newest = -1
-        logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+        for name in ("torch.distributed.checkpoint", "c10d-NullHandler-dcp_logger"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
     def path(self, step: int) -> Path:
         """Where the checkpoint after so many updates lies."""
@@ -136,6 +139,7 @@ class Saver:
             BadInput: it belongs to another model. Corrupt: damaged.
         """
         facts = read_object(path / "state.json")
+        harmless(path / ".metadata")
         reader = FileSystemReader(path)
         try:
             stored = reader.read_metadata().state_dict_metadata
@@ -156,13 +160,49 @@ class Saver:
                 load(
                     state, checkpoint_id=path, process_group=self.world.saver, no_dist=self.world.size == 1
                 )  # fmt: skip
-        except Exception as error:  # torch gathers those of all ranks in one of its own
+        except (Exception, CheckpointException) as error:  # torch gathers all ranks' in the latter
             raise Corrupt(f"{path} cannot be read: {reason(error)}.\nRemove this checkpoint.") from error
         return facts
 
     def close(self) -> None:
         """End the thread."""
         self.thread.shutdown(wait=True)
+
+
+ALLOWED = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem", "torch.serialization",
+           "collections", "pathlib", "torch")  # fmt: skip
+PLAIN = {"torch": {"Size", "float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool", "strided",
+                   "contiguous_format", "preserve_format"},
+         "collections": {"OrderedDict"}, "torch.serialization": {"_get_layout"},
+         "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"}}  # fmt: skip
+
+
+def harmless(file: Path) -> None:
+    """See that torch's pickled metadata name nothing but torch's own plain classes; nothing is unpickled here.
+
+    Raises Corrupt, with the name, when they do.
+    """
+    strings: list[str] = []
+    memo: dict[int, str] = {}
+    try:
+        for code, value, _ in pickletools.genops(file.read_bytes()):
+            name = code.name
+            if isinstance(value, str) and name != "GLOBAL":
+                strings.append(value)
+            elif name == "MEMOIZE":
+                memo[len(memo)] = strings[-1] if strings else ""
+            elif name in ("BINPUT", "LONG_BINPUT"):
+                memo[value or 0] = strings[-1] if strings else ""
+            elif name in ("BINGET", "LONG_BINGET"):
+                strings.append(memo.get(value or 0, ""))
+            elif name in ("GLOBAL", "STACK_GLOBAL"):
+                owner, what = str(value).split(" ") if name == "GLOBAL" else strings[-2:]
+                if owner not in ALLOWED or what not in PLAIN.get(owner, {what}):
+                    raise Corrupt(f"{file} names {owner}.{what}, which no checkpoint of torch does: it is not read")
+            elif name in ("POP", "POP_MARK", "DUP", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"):
+                raise Corrupt(f"{file} holds the pickle operation {name}, which torch does not write: it is not read")
+    except (ValueError, IndexError, UnicodeDecodeError) as error:
+        raise Corrupt(f"{file.parent}: damaged metadata ({error}).\nRemove this checkpoint.") from error
 
 
 def reason(error: BaseException) -> str:

@@ -253,6 +253,8 @@ class Run:
         self.saver.wait()
         self.rollbacks += 1
         scale, skipped, count = self.learner.scale / 2, self.skipped, self.rollbacks
+        if self.world.first:  # after it not one update was finite: its weights are what is wrong
+            self.saver.drop(step - PATIENCE)
         whole = self._shared(lambda: " ".join(map(str, self.saver.whole())))
         if count > ROLLBACKS or not whole:
             raise agreed(Diverged(

@@ -86,6 +86,10 @@ class Saver:
         found = self.folder.glob("update-*/.metadata")
         return sorted(int(file.parent.name.removeprefix("update-")) for file in found)
 
+    def drop(self, step: int) -> None:
+        """Remove the checkpoint after so many updates, if there is one."""
+        shutil.rmtree(self.path(step), ignore_errors=True)
+
     def save(self, step: int, state: State, facts: dict[str, Any]) -> None:
         """Begin to write; the one before must have ended. Cost: a copy of this rank's part; the rest in a thread."""
         self.wait()

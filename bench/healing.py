@@ -16,7 +16,8 @@ the parts kept apart (Acts, letter J).
     float    the float model in the same steps, by `ce`: what more training alone does on these texts
 
 Perplexity on foreign text may fall when weights are rounded, by chance; KL(float || model) on it, in nats per token,
-cannot, and says how much of the model came back. `top` is the number of the teacher's classes that are cached; 0: the
+cannot, and says how much of the model came back. A peer gets the same samples in the
+same order (bench/peers). `top` is the number of the teacher's classes that are cached; 0: the
 teacher is in memory. Seconds are of this process's CPU.
 """
 
@@ -27,12 +28,14 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import tempfile
 import time
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +43,7 @@ from rich.table import Table
 from bench.decoder import text
 from wherry import api
 from wherry.checkpoint import Checkpoint
-from wherry.train import start
+from wherry.train import order, samples, start
 from wherry.train.job import Job
 from wherry.train.loop import run
 
@@ -55,8 +58,9 @@ Row = dict[str, Any]
 
 def training(folder: Path) -> str:
     """The decoder's own training text as two files, and the job's name for both."""
-    parts = text.corpus(folder, 6, None)
-    for name in ("bible", "dictionary"):
+    wanted = [folder / f"{name}.txt" for name in ("bible", "dictionary")]
+    parts = {} if all(file.exists() for file in wanted) else text.corpus(folder, 6, None)
+    for name in [name for name in ("bible", "dictionary") if name in parts]:
         text.write(folder / f"{name}.txt", "\n\n".join(parts[name]) + "\n")
     return f"{folder / 'bible.txt'};{folder / 'dictionary.txt'}"
 
@@ -136,7 +140,7 @@ def heal(way: str, steps: int, rate: float, data: str, folder: Path) -> Row:
     job = Job(
         model=str(before), teacher=str(MODEL) if "kl" in recipe else "", out=str(after), data=data, recipe=recipe,
         steps=steps, batch=BATCH, length=LENGTH, learning_rate=rate, warmup=max(1, steps // 20), threads=1,
-        top=int(knob or 0),
+        top=int(knob or 0), cache=str(Path(data.split(";")[0]).parent / "tokens"),
     )  # fmt: skip
     result = run(job)
     row |= {"recipe": recipe, "seconds": round(time.process_time() - began, 1), "loss": result["losses"][-1]}
@@ -146,11 +150,39 @@ def heal(way: str, steps: int, rate: float, data: str, folder: Path) -> Row:
         row["compressed again"] = judged(folder / "again", files)
         row["bytes"] = sum(f.stat().st_size for f in (folder / "again").glob("*.safetensors"))
     if knob:
-        row["cache bytes per token"] = sum(
-            f.stat().st_size for f in folder.rglob("part-*.bin")
-        ) / row["tokens"]  # fmt: skip
+        kept = sum(f.stat().st_size for f in Path(job.cache).rglob("part-*.bin"))
+        row["cache bytes per token"] = kept / row["tokens"]
+        shutil.rmtree(Path(job.cache) / "teacher")
     if kind != "float":
         row["back"] = {what: {n: share(row, what, n) for n in files} for what in ("perplexity", "kl")}
+    return row
+
+
+PEERS = {"torchao": ("w2 rtn", "torchao_qat.py"), "trl": ("depth", "trl_gkd.py")}
+
+
+def peer(tool: str, python: str, steps: int, rate: float, data: str, folder: Path) -> Row:
+    """One row of a peer: the same start, the same samples in the same order, its own training; judged as ours."""
+    way, driver = PEERS[tool]
+    before, after, files = folder / "before", folder / "after", texts()
+    rows_ = folder / "rows.npy"
+    opened = samples.opened(data, Checkpoint.open(MODEL).task, LENGTH, "stream", folder / "tokens")
+    batches = [opened.batch(order.mixed(i, BATCH, opened.sizes, opened.weights, 0)) for i in range(steps)]
+    np.save(rows_, np.concatenate([np.concatenate([b["input_ids"], b["targets"][:, -1:]], 1) for b in batches]))
+    if tool == "trl":
+        drop_a_layer(before)
+        models = [str(before), str(MODEL)]
+    else:
+        api.compress(str(MODEL), before, recipe=f"rtn:scheme={SCHEMES['w2']},group_size={GROUP}")
+        models = [str(MODEL)]
+    command = [python, str(HERE / "peers" / driver), *models, str(rows_), str(after)]
+    done = subprocess.run([*command, "--rate", str(rate), "--batch", str(BATCH)], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    row = {"tool": tool, "way": way, "steps": steps, "tokens": steps * BATCH * LENGTH, "learning_rate": rate} | told
+    row |= {"float": judged(MODEL, files), "before": judged(before, files), "after": judged(after, files)}
+    row["back"] = {what: {n: share(row, what, n) for n in files} for what in ("perplexity", "kl")}
     return row
 
 
@@ -186,15 +218,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--table", action="store_true", help="print the rows that are there; measure nothing")
+    parser.add_argument("--peer", choices=PEERS, help="measure a peer in place of our ways")
+    parser.add_argument("--peer-python", default="python", help="of the peer's environment: see bench/peers")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for way in [] if args.table else args.only:
+    for way in [] if args.table else [PEERS[args.peer][0]] if args.peer else args.only:
         with tempfile.TemporaryDirectory() as folder:
             data = training(Path(os.environ.get("WHERRY_CACHE", folder), "decoder"))
-            row = heal(way, args.steps, args.rate, data, Path(folder))
+            if args.peer:
+                row = peer(args.peer, args.peer_python, args.steps, args.rate, data, Path(folder))
+            else:
+                row = heal(way, args.steps, args.rate, data, Path(folder))
         stamp = hashlib.sha256(json.dumps([way, args.steps, args.rate, data_hash()]).encode()).hexdigest()[:16]
         row |= {"date": datetime.date.today().isoformat(), "inputs": stamp, "torch": torch.__version__}
-        kept = [old for old in rows() if (old["way"], old["steps"], old.get("tool")) != (way, args.steps, None)]
+        key = ("way", "steps", "learning_rate", "tool")
+        kept = [old for old in rows() if [old.get(k) for k in key] != [row.get(k) for k in key]]
         RESULTS.write_text(json.dumps([*kept, row], indent=1) + "\n")
     Console().print(table(rows()))
 

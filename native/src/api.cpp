@@ -33,7 +33,7 @@ struct Handle {  // a model that is filled, then an engine that has it
 #define API extern "C" __attribute__((visibility("default")))
 
 API const char* wn_error() { return failure.c_str(); }
-API int wn_version() { return 1; }
+API int wn_version() { return 2; }
 API int wn_isas() { return isa_count(); }
 API const char* wn_isa_name(int i) { return i < 0 ? best_isa()->name : i < isa_count() ? isa_name(i) : ""; }
 API int wn_isa_runs(int i) { return i >= 0 && i < isa_count() && isa(i) != nullptr; }
@@ -116,10 +116,10 @@ API int wn_submit(Handle* h, const int* tokens, int count, const Sampling* s, co
     });
 }
 
-API int wn_read(Handle* h, int id, int* tokens, float* logprob, int most, double seconds, int* end) {
+API int wn_read(Handle* h, int id, int* tokens, float* logprob, int least, int most, double seconds, int* end) {
     return guarded([&] {
         End e = End::running;
-        int n = h->engine->read(id, tokens, logprob, most, seconds, e);
+        int n = h->engine->read(id, tokens, logprob, least, most, seconds, e);
         *end = int(e);
         return n < 0 ? fail("no such request") : n;
     });

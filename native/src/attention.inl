@@ -67,15 +67,27 @@ template <int M> void attend_m(Attend& a) {
     Two* q = (Two*)(score + QUERIES * BLOCK);       // [M][width / 2], two floats each at most
     Two* p = (Two*)((float*)q + QUERIES * wide);    // [M][BLOCK / 2]
     for (int m = 0; m < M; m++) {
-        for (int d = 0; d < half; d++) q[m * half + d] = two(a.q[m][2 * d], a.q[m][2 * d + 1]);
+        const int whole = a.width / 32 * 16;
+        twos(a.q[m], whole * 2, q + m * half);
+        for (int d = whole; d < half; d++) q[m * half + d] = two(a.q[m][2 * d], a.q[m][2 * d + 1]);
         for (int d = 0; d < wide; d++) a.out[m * wide + d] = 0;
         a.most[m] = -__builtin_inff(), a.total[m] = 0;
     }
     for (int block = a.from / BLOCK * BLOCK; block < a.to; block += BLOCK) {
         int low = a.from > block ? a.from - block : 0, high = a.to - block < BLOCK ? a.to - block : BLOCK;
         int first = low / PAGE, last = (high + PAGE - 1) / PAGE;
-        for (int g = first; g < last; g++)
-            scores<M>(a.base + a.page_bytes * a.pages[block / PAGE + g] + a.head_offset, a.width, q, score + g * PAGE, BLOCK);
+        for (int g = first; g < last; g++) {
+            const uint8_t* page = a.base + a.page_bytes * a.pages[block / PAGE + g] + a.head_offset;
+            if (a.cold) {  // the next keys, and the values of these
+                const int size = PAGE * wide * 2;
+                if (g + 1 < last) {
+                    const uint8_t* next = a.base + a.page_bytes * a.pages[block / PAGE + g + 1] + a.head_offset;
+                    for (int i = 0; i < size; i += 64) ahead(next + i);
+                }
+                for (int i = size; i < 2 * size; i += 64) ahead(page + i);
+            }
+            scores<M>(page, a.width, q, score + g * PAGE, BLOCK);
+        }
         for (int m = 0; m < M; m++) {
             float* s = score + m * BLOCK;
             int b = a.begin[m] - block > low ? a.begin[m] - block : low, e = a.end[m] - block < high ? a.end[m] - block : high;
@@ -124,4 +136,4 @@ void attend(Attend& a) {
     }
 }
 
-const Kernels TABLE = {ISA_NAME, quantize, norm, silu, panel, pair, turn, store, attend};
+const Kernels TABLE = {ISA_NAME, quantize, norm, silu, peak, panel, pair, turn, store, attend};

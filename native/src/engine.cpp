@@ -13,7 +13,7 @@ constexpr int CHUNK = 128;  // tokens of prompts in a step that others wait for
 
 Engine::Engine(std::unique_ptr<Model> m, const Kernels& k, int threads, std::vector<int> cores, int pages, int sequences)
     : model_(std::move(m)), cache_(model_->c, pages), pages_(pages), pool_(threads, std::move(cores)),
-      runner_(*model_, cache_, k, pool_), sequences_(sequences) {
+      runner_(*model_, cache_, k, pool_), sequences_(sequences), peak_(k.peak) {
     thread_ = std::thread([this] { loop(); });
 }
 
@@ -49,12 +49,14 @@ std::string Engine::submit(const int* tokens, int count, const Sampling& s, cons
     return "";
 }
 
-int Engine::read(int id, int* tokens, float* logprob, int most, double seconds, End& end) {
+int Engine::read(int id, int* tokens, float* logprob, int least, int most, double seconds, End& end) {
     std::unique_lock lock(mutex_);
     auto it = requests_.find(id);
     if (it == requests_.end()) return -1;
     Held r = it->second;
-    r->ready.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return !r->out.empty() || r->end != End::running; });
+    r->wanted = size_t(std::max(least, 1));
+    r->ready.wait_for(lock, std::chrono::duration<double>(seconds),
+                      [&] { return r->out.size() >= r->wanted || r->end != End::running; });
     int n = 0;
     for (; n < most && !r->out.empty(); n++, r->out.pop_front()) {
         tokens[n] = r->out.front().first;
@@ -99,7 +101,7 @@ void Engine::loop() {
             auto [r, at] = takers_[row];
             const int vocab = model_->c.vocab;
             if (r->logits) std::memcpy(r->logits + size_t(at) * vocab, logits, size_t(vocab) * 4);
-            else r->next = r->sampler->draw(logits, vocab, &r->logprob);
+            else r->next = r->sampler->draw(logits, vocab, peak_, &r->logprob);
         });
         lock.lock();
         settle();
@@ -191,7 +193,7 @@ void Engine::settle() {
         r.out.push_back({r.next, r.logprob});
         stats_.tokens++;
         if (int(r.tokens.size()) - r.prompt >= r.limit) finish(r, End::length);
-        r.ready.notify_one();
+        if (r.out.size() >= r.wanted) r.ready.notify_one();
     }
     std::erase_if(running_, [](const Held& r) { return r->end != End::running; });
 }

@@ -24,8 +24,8 @@ class Engine {
     ~Engine();
     // Number of the request, or the reason why it is refused. logits: [count - 1][vocab] of a text to score, else null.
     std::string submit(const int* tokens, int count, const Sampling& s, const int* stop, int stops, float* logits, int& id);
-    // Waits at most `seconds` for tokens; how many, and whether it ended. -1: no such request (any more).
-    int read(int id, int* tokens, float* logprob, int most, double seconds, End& end);
+    // Waits at most `seconds` for `least` tokens; how many, and whether it ended. -1: no such request (any more).
+    int read(int id, int* tokens, float* logprob, int least, int most, double seconds, End& end);
     void cancel(int id);   // at its next step; it is read to its end no more
     Stats stats();
     const Model& model() const { return *model_; }
@@ -43,6 +43,7 @@ class Engine {
         std::deque<std::pair<int, float>> out;
         End end = End::running;
         bool cancelled = false;
+        size_t wanted = 1;  // tokens that the reader waits for
         int next = 0;  // what was drawn in this step
         float logprob = 0;
         std::condition_variable ready;
@@ -60,6 +61,7 @@ class Engine {
     Pool pool_;
     Runner runner_;
     int sequences_;
+    float (*peak_)(const float*, int);
     std::mutex mutex_;
     std::condition_variable work_;
     std::map<int, Held> requests_;  // until they are read to the end

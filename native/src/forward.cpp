@@ -82,16 +82,14 @@ void Runner::plan() {
 
 void Runner::work(int tid) {
     const Config& c = m_.c;
-    int query = up(c.heads * c.width, 32), key = up(c.kv_heads * c.width, 32);
+    const int query = up(c.heads * c.width, 32);
     begin(tid);
     pool_.barrier();
     for (int i = 0; i < c.layers; i++) {
         const Layer& l = m_.layers[i];
         const Act& h = normed(tid, l.attention_norm, x_.data(), tokens_, nullptr);
-        const Weight *q[] = {&l.q}, *k[] = {&l.k}, *v[] = {&l.v}, *o[] = {&l.o}, *down[] = {&l.down};
-        (void)q, (void)k, (void)v;
-        const Weight* all[] = {&l.q, &l.k, &l.v};
-        products(tid, all, 3, h, tokens_, projected_.data(), qkv_, false);
+        const Weight *qkv[] = {&l.q, &l.k, &l.v}, *o[] = {&l.o}, *down[] = {&l.down};
+        products(tid, qkv, 3, h, tokens_, projected_.data(), qkv_, false);
         pool_.barrier();
         heads(tid, l, i);
         pool_.barrier();
@@ -110,7 +108,6 @@ void Runner::work(int tid) {
         products(tid, down, 1, g, tokens_, x_.data(), hidden_, true);
         pool_.barrier();
     }
-    (void)key;
     int wanted = int(batch_->wanted.size());
     const Weight* out[] = {&m_.output()};
     for (int first = 0; first < wanted; first += LOGITS) {
@@ -244,7 +241,7 @@ void Runner::attention(int tid, const Layer& l, int layer) {
     for (int i; (i = next_[layer].fetch_add(1, std::memory_order_relaxed)) < int(units_.size());) {
         const Unit& u = units_[i];
         a.head_offset = cache_.head * (u.head / group), a.pages = u.run->pages;
-        a.queries = u.tokens * u.heads;
+        a.queries = u.tokens * u.heads, a.cold = u.run->count == 1;
         int first = u.run->position + u.token;
         int low = l.window ? std::max(0, first - l.window + 1) : 0;
         a.from = std::max(u.from, low / PAGE * PAGE), a.to = std::max(u.to, a.from);

@@ -62,6 +62,22 @@ void norm(const float* x, const float* w, float eps, int n, float* out) {
     for (; i < n; i++) out[i] = x[i] * by * w[i];
 }
 
+float peak(const float* x, int n) {
+    vf most = setf(-__builtin_inff()), wrong = setf(0);
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        vf v = loadf(x + i);
+        most = maxf(v, most);
+        wrong = add(wrong, subf(v, v));  // NaN from NaN and from infinity
+    }
+    float best = top(most), bad = total(wrong);
+    for (; i < n; i++) best = x[i] > best ? x[i] : best, bad += x[i] - x[i];
+    if (bad == bad) return best;
+    for (i = 0; i < n; i++)  // minus infinity alone is no fault
+        if (x[i] != x[i]) return x[i];
+    return best;
+}
+
 // n a multiple of 16
 void silu(const float* gate, const float* up, int n, float* out) {
     for (int i = 0; i < n; i += LANES) {
@@ -172,8 +188,7 @@ void tile(const Weight& w, const uint8_t* code, const float* S, const float* M, 
     const size_t row = size_t(x.groups) * GROUP;
     const size_t next = w.panel_codes;
     for (int g = 0, left = per; g < groups; g++, code += 64 * BITS) {
-        if constexpr (T <= 2)
-            for (int l = 0; l < BITS; l++) ahead(code + next + 64 * l);
+        for (int l = 0; l < BITS; l++) ahead(code + next + 64 * l);  // this group of the panel that comes next
 #pragma GCC unroll 2
         for (int h = 0; h < PARTS; h++) {
             vi u[8];

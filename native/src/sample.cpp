@@ -29,29 +29,26 @@ uint64_t Sampler::random() {  // xoroshiro128+. Source: Blackman, Vigna, arXiv:1
     return sum;
 }
 
-int Sampler::draw(float* logits, int vocab, float* logprob) {
+int Sampler::draw(float* logits, int vocab, float (*peak)(const float*, int), float* logprob) {
     if (s_.repeat != 1)
         for (const auto& [token, n] : seen_) logits[token] *= logits[token] > 0 ? 1 / s_.repeat : s_.repeat;
     if (s_.presence != 0 || s_.frequency != 0)
         for (const auto& [token, n] : written_) logits[token] -= s_.presence + s_.frequency * float(n);
-    int best = 0;
-    bool bad = false;
-    for (int i = 0; i < vocab; i++) {
-        if (logits[i] > logits[best]) best = i;
-        bad |= logits[i] != logits[i];
-    }
-    float most = logits[best];
-    if (bad || !(most > -INFINITY) || most == INFINITY) return -1;
-    int chosen = best;
+    const float most = peak(logits, vocab);
+    if (!(most > -INFINITY) || most == INFINITY) return -1;
+    int chosen = 0;
+    while (logits[chosen] != most) chosen++;
     if (s_.temperature > 0) {
         float by = 1 / s_.temperature;
         auto likelier = [](const auto& a, const auto& b) { return a.first > b.first || (a.first == b.first && a.second < b.second); };
         kept_.clear();
         double total = 0;
+        const float least = most - 87 * s_.temperature;  // below it the share is less than e^-87
         for (int i = 0; i < vocab; i++) {
+            if (logits[i] < least) continue;
             float p = std::exp((logits[i] - most) * by);
             total += p;
-            if (p > 0) kept_.push_back({p, i});
+            kept_.push_back({p, i});
         }
         if (s_.top_k > 0 && size_t(s_.top_k) < kept_.size()) {
             std::nth_element(kept_.begin(), kept_.begin() + s_.top_k - 1, kept_.end(), likelier);
@@ -90,7 +87,7 @@ int Sampler::draw(float* logits, int vocab, float* logprob) {
                 break;
             }
     }
-    if (logprob) {
+    if (s_.logprobs) {
         double sum = 0;
         for (int i = 0; i < vocab; i++) sum += std::exp(logits[i] - most);
         *logprob = float(logits[chosen] - most - std::log(sum));

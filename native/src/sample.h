@@ -15,13 +15,14 @@ struct Sampling {
     float presence = 0;   // subtracted once for a token that was written
     float frequency = 0;  // subtracted as often as it was written
     uint64_t seed = 0;
+    int logprobs = 0;  // whether log-probabilities are wanted: a pass over the vocabulary for each token
 };
 
 class Sampler {
   public:
     Sampler(const Sampling& s, const int* prompt, int count);
-    // logits are changed where there are penalties. -1: they hold NaN, or nothing but minus infinity.
-    int draw(float* logits, int vocab, float* logprob);
+    // peak: finds the largest of n. logits are changed where there are penalties. -1: NaN, or nothing but -infinity.
+    int draw(float* logits, int vocab, float (*peak)(const float*, int), float* logprob);
 
   private:
     uint64_t random();

@@ -65,6 +65,7 @@ struct Attend {
     const int* pages = nullptr;
     int width = 0;  // of a head
     int from = 0, to = 0, queries = 0;
+    bool cold = false;  // nobody has just read these pages: fetch them ahead
     const float* q[QUERIES];          // scaled
     int begin[QUERIES], end[QUERIES];  // positions that each query sees
     float* out = nullptr;              // [queries][width up to 16], not normalised
@@ -78,6 +79,7 @@ struct Kernels {
     void (*quantize)(const float* x, int k, int8_t* q, float* scale, int32_t* sum);
     void (*norm)(const float* x, const float* w, float eps, int n, float* out);
     void (*silu)(const float* gate, const float* up, int n, float* out);
+    float (*peak)(const float* x, int n);  // the largest; NaN where there is one
     // out[t * stride + 0..15] (+)= rows of a panel times `count` activations from `first` on. scratch: workspace()
     void (*panel)(const Weight& w, int panel, const Act& x, int first, int count, float* scratch, float* out,
                   size_t stride, bool add);

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 __version__ = "0.1.0"
-INTERFACE = 1
+INTERFACE = 2
 PARTS = (
     "embed", "head", "norm", "attention_norm", "mlp_norm", "q", "k", "v", "o", "gate", "up", "down", "q_norm", "k_norm",
 )  # fmt: skip
@@ -38,6 +38,7 @@ class Sampling(c.Structure):
     _fields_ = [
         ("max_tokens", c.c_int), ("temperature", c.c_float), ("top_p", c.c_float), ("min_p", c.c_float),
         ("top_k", c.c_int), ("repeat", c.c_float), ("presence", c.c_float), ("frequency", c.c_float), ("seed", c.c_uint64),
+        ("logprobs", c.c_int),
     ]  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def _library() -> c.CDLL:
         "wn_fill": (i, [p, i, i, p, i64, p, p, i, i]),
         "wn_start": (i, [p, i, i, ints, i, i, i]),
         "wn_submit": (i, [p, ints, i, c.POINTER(Sampling), ints, i, p]),
-        "wn_read": (i, [p, i, ints, floats, i, c.c_double, ints]),
+        "wn_read": (i, [p, i, ints, floats, i, i, c.c_double, ints]),
         "wn_cancel": (None, [p, i]), "wn_stats": (None, [p, c.POINTER(Stats)]),
         "wn_bytes": (i64, [p, i]), "wn_free": (None, [p]),
         "wn_alone": (p, [i] * 8 + [p, p, p]), "wn_alone_free": (None, [p]), "wn_alone_bytes": (i64, [p]),
@@ -177,10 +178,14 @@ class Engine:
         ids, ends = _ints(tokens), _ints(stop)
         return _good(lib.wn_submit(self.handle, ids, len(tokens), sampling, ends, len(stop), at))
 
-    def read(self, request: int, seconds: float = 0.2) -> tuple[list[int], list[float], str]:
-        """(tokens, their log-probabilities, "running" or how it ended); waits for at most `seconds`."""
+    def read(self, request: int, seconds: float = 0.2, least: int = 1) -> tuple[list[int], list[float], str]:
+        """(tokens, their log-probabilities, "running" or how it ended).
+
+        Waits for `least` tokens or the end, at most `seconds`; gives what there is then, 64 tokens at most.
+        Log-probabilities are 0 unless the request's sampling asked for them.
+        """
         ids, logprob, end = (c.c_int * 64)(), (c.c_float * 64)(), c.c_int()
-        n = _good(lib.wn_read(self.handle, request, ids, logprob, 64, seconds, c.byref(end)))
+        n = _good(lib.wn_read(self.handle, request, ids, logprob, least, 64, seconds, c.byref(end)))
         return list(ids[:n]), list(logprob[:n]), ENDS[end.value]
 
     def cancel(self, request: int) -> None:

@@ -333,6 +333,19 @@ def test_penalties_are_those_of_draw(session: Any, penalty: dict[str, float]) ->
     assert np.mean(agreed) > 0.95
 
 
+def test_log_probabilities_are_those_of_the_score(session: Any) -> None:
+    engine, library = session.engine, native.wherry_native
+    request = engine.submit(TOKENS[:30], library.sampling(max_tokens=12, logprobs=1))
+    answer, said, end = engine.read(request, 20, 12)
+    assert (len(answer), end) == (12, "length")
+    score = session.score([*TOKENS[:30], *answer])
+    assert np.allclose(said, score.logprob[29:], atol=1e-3)
+    silent = engine.submit(TOKENS[:30], library.sampling(max_tokens=2))
+    assert engine.read(silent, 20, 2)[1] == [0, 0]
+    with pytest.raises(library.NativeError, match="no such request"):
+        engine.read(silent)
+
+
 def test_stop_tokens_end_an_answer_unseen(session: Any) -> None:
     answer = list(session.generate(TOKENS[:10], Sampling(max_tokens=20)))
     stop = answer[5]
@@ -404,7 +417,7 @@ def test_a_thousand_cancellations_lose_nothing(rounded: Artifact) -> None:
 
 
 def test_the_server_computes_answers_together(session: Any, rounded: Artifact) -> None:
-    """Six answers through the server's writer: the steps are fewer than the tokens, the texts those of each alone."""
+    """Six answers through the server's writer, on threads of their own: the texts are those of each alone."""
     task = rounded.task
     prompts = [TOKENS[i : i + 20] for i in range(6)]
     how = Sampling(max_tokens=100)
@@ -412,6 +425,7 @@ def test_the_server_computes_answers_together(session: Any, rounded: Artifact) -
 
     async def serve() -> list[str]:
         writer = Writer(session, task)
+        assert writer.pool._max_workers == session.parallel == 32
 
         async def one(prompt: list[int]) -> str:
             return "".join([piece.text async for piece in writer.write(prompt, how, (), False)])
@@ -421,10 +435,7 @@ def test_the_server_computes_answers_together(session: Any, rounded: Artifact) -
         finally:
             await writer.close()
 
-    before = session.stats()
     assert asyncio.run(serve()) == alone
-    after = session.stats()
-    assert after["steps"] - before["steps"] < (after["tokens"] - before["tokens"]) / 2
 
 
 def test_closing_ends_what_runs(rounded: Artifact) -> None:

@@ -217,8 +217,8 @@ class Run:
                 self.log.write(row)
             else:
                 failed, self.skipped = failed + 1, self.skipped + 1
-                if failed >= PATIENCE:
-                    step = self._back(step)
+                if failed >= PATIENCE or step == self.steps:
+                    step = self._back(step, failed)
                     failed, ahead = 0, self._again(loader, ahead, step)
                     continue
             progress(step, self.steps, self._line(done.loss, spent, step))
@@ -229,11 +229,11 @@ class Run:
                 if self.judge is not None:
                     self.judge(step, found)
             every = job.save_every and step % job.save_every == 0 and step < self.steps
-            if (every or clock or stop) and step != saved:
+            if (every or clock or stop) and step != saved and not failed:
                 self.log.flush()
                 self.saver.save(step, self._state(), self._facts())
                 saved, saved_at = step, time.monotonic()
-            if stop:
+            if stop and not failed:
                 self.saver.wait()
                 raise agreed(Exhausted(f"stopped by a signal after update {step}, which is saved.\n"
                                        "The same command goes on there."))  # fmt: skip
@@ -248,17 +248,17 @@ class Run:
         ahead.cancel()
         return loader.submit(self._load, step)
 
-    def _back(self, step: int) -> int:
+    def _back(self, step: int, failed: int) -> int:
         """To the newest checkpoint, at half the learning rate. Raises Diverged when that does not help either."""
         self.saver.wait()
         self.rollbacks += 1
         scale, skipped, count = self.learner.scale / 2, self.skipped, self.rollbacks
         if self.world.first:  # after it not one update was finite: its weights are what is wrong
-            self.saver.drop(step - PATIENCE)
+            self.saver.drop(step - failed)
         whole = self._shared(lambda: " ".join(map(str, self.saver.whole())))
         if count > ROLLBACKS or not whole:
             raise agreed(Diverged(
-                f"the loss or its gradient is not finite at updates {step - PATIENCE + 1} to {step}"
+                f"the loss or its gradient is not finite at updates {step - failed + 1} to {step}"
                 f"{f', after {count - 1} rollbacks' if whole else ', and there is no checkpoint to go back to'}.\n"
                 "Lower --learning-rate, or raise --warmup."
             ))  # fmt: skip

@@ -9,7 +9,7 @@ memory:   bytes of parameters, gradients and AdamW's state on each rank, under D
           16 N / ranks.
 bytes:    bytes that a rank sends in one update, from the kernel's counter of the loopback interface, against theory for
           a ring: DDP 2 (R - 1) / R x 4 N; FSDP2 3 (R - 1) / R x 4 N. Through gloo FSDP2 is otherwise: its
-          reduce-scatter is an all-reduce (twice the bytes), and what is outside of the blocks is gathered once, not twice.
+          reduce-scatter is an all-reduce (twice the bytes); what is outside of the blocks is gathered once, not twice.
 Each part takes below two minutes on two cores. Nothing else should run meanwhile.
 """
 

@@ -24,7 +24,8 @@ EXTRAS = {
     "onnxruntime_genai": "onnx", "openvino": "openvino", "onnx_ir": "onnx", "scipy": "eval", "matplotlib": "eval",
     "sklearn": "eval", "sacrebleu": "eval", "rouge_score": "eval", "jiwer": "eval", "seqeval": "eval",
     "pyarrow": "eval", "PIL": "vision", "av": "vision", "pycocotools": "vision", "soundfile": "audio",
-    "captum": "explain", "tensorboard": "watch", "optuna": "tune", "ray": "ray", "wherry_native": "native", "constriction": "compact",
+    "captum": "explain", "tensorboard": "watch",
+    "optuna": "tune", "ray": "ray", "wherry_native": "native", "constriction": "compact",
 }  # fmt: skip
 
 

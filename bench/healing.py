@@ -9,8 +9,9 @@ Model: the project's own decoder (bench/decoder/model), which is its own teacher
 from another source than any training: Shakespeare (WHERRY_DATA/tinyshakespeare.txt), and on
 the parts kept apart (Acts, letter J).
 
-    w2       linears at 2 bits, groups of 64, by gptq (w2 rtn: by rtn), before and after `kl | qat`; then `rtn`
+    w2       linears at 2 bits, groups of 64, by gptq, before and after `kl | qat` from these codes; then `rtn`
              finds the codes again
+    w2 rtn   the same by rtn; trained from the float weights, as peers do
     ternary  the same at -1, 0, 1 (W1.58A16); binary: at -1, 1 (W1A16)
     depth    one of four layers dropped, the one whose loss hurts least on Romans, before and after `kl`
     float    the float model in the same steps, by `ce`: what more training alone does on these texts
@@ -128,7 +129,7 @@ def heal(way: str, steps: int, rate: float, data: str, folder: Path) -> Row:
     if kind in SCHEMES:
         scheme = f"scheme={SCHEMES[kind]},group_size={GROUP}"
         api.compress(str(MODEL), before, recipe=f"{method or 'gptq'}:{scheme}", samples=32, length=LENGTH)
-        recipe = "kl | qat:portable=true"
+        recipe = f"kl | qat:{scheme}" if method else "kl | qat"
     elif kind == "depth":
         row["layers"] = drop_a_layer(before)
     else:
@@ -138,7 +139,8 @@ def heal(way: str, steps: int, rate: float, data: str, folder: Path) -> Row:
     row["float"], row["before"] = judged(MODEL, files), judged(before, files)
     began = time.process_time()
     job = Job(
-        model=str(before), teacher=str(MODEL) if "kl" in recipe else "", out=str(after), data=data, recipe=recipe,
+        model=str(MODEL if method else before), teacher=str(MODEL) if "kl" in recipe else "", out=str(after),
+        data=data, recipe=recipe,
         steps=steps, batch=BATCH, length=LENGTH, learning_rate=rate, warmup=max(1, steps // 20), threads=1,
         top=int(knob or 0), cache=str(Path(data.split(";")[0]).parent / "tokens"),
     )  # fmt: skip

@@ -247,3 +247,25 @@ def test_a_ternary_graph_lies_in_two_bits_and_runs(tmp_path: Path) -> None:
     size = sum(f.stat().st_size for f in (tmp_path / "o").glob("model.onnx*"))
     weights = sum(p.numel() for p in net.parameters() if p.ndim > 1)
     assert size < weights / 4 + 9000  # two bits each, and the graph
+
+
+def test_a_grid_is_not_rounded_away_by_the_models_dtype(tmp_path: Path) -> None:
+    from tests.conftest import write_llama
+    from wherry.train import student
+
+    for stored, scheme, wanted in ((torch.bfloat16, "W2A16,group_size=32", torch.float32),
+                                   (torch.float16, "W4A16_ASYM,group_size=32", torch.float16),
+                                   (torch.float16, "W8A16,group_size=32", torch.float32)):  # fmt: skip
+        folder = write_llama(tmp_path / scheme, layers=1)
+        made = student.opened(folder)
+        made.checkpoint.source.dtype = lambda name, stored=stored: stored
+        step = QAT(scheme=Scheme.parse(scheme))
+        step.prepare(made.module, made.checkpoint)
+        step.finish(made.module, made.checkpoint)
+        w = made.module.model.layers[0].mlp.up_proj.weight.detach().clone()
+        out = tmp_path / f"{scheme}-out"
+        out.mkdir()
+        student.write(made, out)
+        written = student.opened(out)
+        assert written.checkpoint.source.dtype("model.layers.0.mlp.up_proj.weight") is wanted
+        assert torch.equal(written.module.model.layers[0].mlp.up_proj.weight, w)

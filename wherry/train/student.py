@@ -146,6 +146,8 @@ def write(student: Student, out: Path, used: Iterable[tuple[str, str]] = ()) -> 
     if student.checkpoint is not None:
         stored = {student.checkpoint.source.dtype(name) for name in student.checkpoint.names()}
         dtype = next(iter(stored)) if len(stored) == 1 and next(iter(stored)).is_floating_point else torch.float32
+    if getattr(module, "held_by", dtype) is not dtype:  # weights on a grid, which a smaller dtype would leave
+        dtype = torch.float32
     with torch.no_grad():
         module = module.to(dtype)
     import transformers

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from wherry import cargo
-from wherry.checkpoint import Checkpoint, natural
-from wherry.dependency.architecture import build
-from wherry.errors import Unsupported
+from wherry.checkpoint import Checkpoint, Safetensors, natural
+from wherry.dependency.architecture import build, names
+from wherry.errors import Corrupt, Unsupported
 from wherry.scheme import Scheme
 from wherry.tensorfile import write
 
@@ -29,6 +29,8 @@ def module(checkpoint: Checkpoint) -> nn.Module:
     if checkpoint.graph is not None:
         raise Unsupported(f"{checkpoint.path} is a graph")
     made = build(checkpoint, checkpoint.config)
+    if not written_so(checkpoint, made):
+        return converted(checkpoint, type(made))
     if checkpoint.task.kind == "sentence-similarity" and hasattr(made, "pooler"):
         made._modules["pooler"] = None  # sentence encoders pool by themselves
     tensors: dict[str, torch.Tensor] = {}
@@ -48,8 +50,39 @@ def module(checkpoint: Checkpoint) -> nn.Module:
     return made
 
 
+def written_so(checkpoint: Checkpoint, made: nn.Module) -> bool:
+    """Whether the weights have the module's names; transformers stores experts one by one that it computes in one."""
+    try:
+        checkpoint.places(made)
+    except Corrupt:
+        if isinstance(checkpoint.source, Safetensors):
+            return False
+        raise
+    return True
+
+
+def converted(checkpoint: Checkpoint, kind: Any) -> nn.Module:
+    """The module as transformers itself loads it, which renames weights. Raises Corrupt for what it misses."""
+    made, facts = kind.from_pretrained(
+        checkpoint.path, dtype=torch.float32, attn_implementation="eager", local_files_only=True, use_safetensors=True,
+        output_loading_info=True,
+    )  # fmt: skip
+    if missing := [*facts["missing_keys"], *facts["mismatched_keys"]]:
+        raise Corrupt(f"{checkpoint.path} lacks the weight {missing[0]}, which {kind.__name__} needs")
+    found: nn.Module = made.eval()
+    return found.requires_grad_(False)
+
+
 def save(checkpoint: Checkpoint, changed: nn.Module, config: Mapping[str, Any], out: Path) -> None:
     """Write config.json, weights in their dtype and the side files into the folder `out`, which exists and is empty."""
+    if not set(located(checkpoint, changed).values()) <= set(checkpoint.names()):
+        rewritten: Any = changed
+        for key, value in config.items():
+            if key not in ("dtype", "torch_dtype", "architectures", "model_type", "transformers_version"):
+                setattr(rewritten.config, key, value)
+        rewritten.to(checkpoint.source.dtype(checkpoint.names()[0])).save_pretrained(out)
+        cargo.beside(checkpoint.path, checkpoint.task, out)
+        return
     places = located(checkpoint, changed)
     tensors: dict[str, torch.Tensor] = {}
     state = dict(changed.named_parameters(remove_duplicate=False)) | dict(changed.named_buffers())
@@ -115,6 +148,13 @@ def expected(
         stored = next((o for o in (name, prefix + name, name.removeprefix(prefix)) if o in have), None)
         if stored is not None:
             found[stored], dtypes[stored] = tuple(shape), checkpoint.source.dtype(stored)
+    if not written_so(checkpoint, build(checkpoint, checkpoint.config)):  # experts one by one, named otherwise
+        entries = (*names(config).neurons, *names(config).hidden)
+        old = {checkpoint.config[e]: config[e] for e in entries if isinstance(checkpoint.config.get(e), int)}
+        for name in have - set(found):
+            before = checkpoint.shape(name)
+            found[name] = tuple(shapes[name]) if name in shapes else tuple(old.get(n, n) for n in before)
+            dtypes[name] = checkpoint.source.dtype(name)
     source = Expected(found, dtypes, checkpoint.source.fingerprint())
     return replace(checkpoint, config=dict(config), source=source)
 

@@ -169,6 +169,9 @@ class Recorder(TorchDispatchMode):
         outputs = [self.value(t) for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
         name = func.overloadpacket.__name__ + (" on a view" if seen else "")
         read, named = noted
+        if seen:  # what else looks at that memory changes too
+            other = {i for t in written if isinstance(t, Tensor) for i in self.shared[t.untyped_storage()._cdata]}
+            read = (*read, [self.now[i] for i in sorted(other) if i in self.now])
         op = Op(name, read, named, outputs, torch.Tag.pointwise in func.tags, self.where, func._schema)
         for value in dict.fromkeys(op.values):
             value.uses.append(op)

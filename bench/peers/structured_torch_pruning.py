@@ -1,0 +1,59 @@
+"""Torch-Pruning on ResNet-20: PEER GOAL DENSE OUT. Prunes until GOAL multiply-accumulates, writes a graph model.
+
+GroupTaylorImportance with the gradients of 512 training images, global pruning, isomorphic groups as its documentation
+advises; the ratio is searched so that multiply-accumulates are at most GOAL.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "fields")]
+
+
+def main() -> None:
+    """The driver."""
+    peer, goal, dense, out = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
+    sys.path.insert(0, str(peer))
+    import resnet20
+    import torch_pruning as tp
+
+    from wherry import data
+    from wherry.capture import capture
+    from wherry.checkpoint import Checkpoint
+
+    task = Checkpoint.open(dense).task
+    found = data.read(dense.parent / "cifar-train")
+    chosen = np.random.default_rng(0).choice(len(found.examples), 512, replace=False)
+    targets = data.targets(found, task)
+    example = torch.zeros(1, 3, 32, 32)
+    low, high, best = 0.0, 0.9, None
+    for _ in range(8):
+        ratio = (low + high) / 2
+        network = resnet20.model()
+        pruner = tp.pruner.BasePruner(
+            network, example, importance=tp.importance.GroupTaylorImportance(), pruning_ratio=ratio,
+            global_pruning=True, ignored_layers=[network.linear], max_pruning_ratio=0.9,
+        )  # fmt: skip
+        network.zero_grad()
+        for i in range(0, 512, 64):
+            x = torch.from_numpy(task.prepare([found.examples[j] for j in chosen[i : i + 64]])["pixel_values"])
+            y = torch.tensor([int(targets[j]) for j in chosen[i : i + 64]])
+            torch.nn.functional.cross_entropy(network(x), y).backward()
+        pruner.step()
+        macs, parameters = tp.utils.count_ops_and_params(network, example)
+        print(f"ratio {ratio:.3f}: {macs:,.0f} multiply-accumulates, {parameters:,} parameters", flush=True)
+        if macs <= goal:
+            high, best = ratio, network
+        else:
+            low = ratio
+    if best is None:
+        raise SystemExit("no ratio reaches the goal")
+    capture(best.eval(), out, {"pixel_values": torch.randn(2, 3, 32, 32)}, task, outputs=["logits"])
+
+
+if __name__ == "__main__":
+    main()

@@ -48,7 +48,7 @@ class Case:
     tool: str = "wherry"
 
 
-SENTENCES = {"recipe": "embedding | hidden:weight=0.5", "steps": 450, "batch": 32, "length": 64, "learning_rate": 2e-4,
+SENTENCES = {"recipe": "embedding | hidden:weight=0.5", "steps": 110, "batch": 32, "length": 64, "learning_rate": 3e-4,
              "warmup": 10}  # fmt: skip
 PICTURES = {"recipe": "kl:temperature=4,weight=0.9 | ce:weight=0.1", "steps": 60, "batch": 64, "augment": "flip,crop",
             "optimizer": "sgd", "learning_rate": 0.01, "momentum": 0.9}  # fmt: skip
@@ -255,10 +255,15 @@ def remade(model: Any, case: Case, recipe: str, source: Path, out: Path) -> Path
     return source
 
 
+def named(case: Case, work: Path) -> Path:
+    """Where a case's folders lie; cases that differ after healing alone share them."""
+    facts_of = (case.tool, case.model, case.recipe, case.name if not case.recipe else "", case.job)
+    return work / f"{case.model}-{case.tool}-{hashlib.sha256(repr(facts_of).encode()).hexdigest()[:10]}"
+
+
 def made(model: Any, case: Case, work: Path, peer: Path | None) -> tuple[Path, Row]:
     """The pruned and healed model's folder, and what it took. Finished folders are used again."""
-    facts_of = (case.tool, case.model, case.recipe, case.name if not case.recipe else "", case.job)
-    base = work / f"{case.model}-{case.tool}-{hashlib.sha256(repr(facts_of).encode()).hexdigest()[:10]}"
+    base = named(case, work)
     facts: Row = {}
     if case.tool == "wherry":
         pruned = remade(model, case, case.recipe, model.path, base.with_name(base.name + "-pruned"))
@@ -266,7 +271,9 @@ def made(model: Any, case: Case, work: Path, peer: Path | None) -> tuple[Path, R
         pruned = base.with_name(base.name + "-pruned")
         if not pruned.exists():
             ours = next(c for c in CASES if c.model == case.model and c.name == case.name and c.tool == "wherry")
-            goal = cost(made(model, ours, work, peer)[0], model)["macs"]
+            own = named(ours, work)
+            theirs = remade(model, ours, ours.recipe, model.path, own.with_name(own.name + "-pruned"))
+            goal = cost(theirs, model)["macs"]
             driver = HERE / "peers" / "structured_torch_pruning.py"
             given = map(str, (driver, peer, goal, model.path, pruned))
             subprocess.run([sys.executable, *given], check=True)

@@ -1,7 +1,7 @@
-"""Twelve architectures of transformers, seeded and tiny: pruned in width and depth, reloaded by stock transformers.
+"""Thirteen architectures, seeded, tiny: pruned in width and depth, reloaded by stock transformers.
 
-Pruned logits == logits of the dense model with the same weights at zero, wherever that is exact: neurons, heads, layers.
-Hidden size has its own reference: the dense model with the lanes at zero, whose norms measure over those that stay.
+Pruned logits == logits of the dense model with the same weights at zero, where that is exact: neurons, heads, layers.
+Hidden size has its own reference: the dense model with lanes at zero, whose norms measure over those that stay.
 """
 
 import copy
@@ -28,7 +28,8 @@ COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
 }  # fmt: skip
 T5 = {
-    "vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4, "decoder_start_token_id": 0,
+    "vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4,
+    "decoder_start_token_id": 0,
 }  # fmt: skip
 WHISPER = {
     "vocab_size": 96, "d_model": 32, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4,

@@ -4,6 +4,7 @@ GroupTaylorImportance with the gradients of 512 training images, global pruning,
 advises; the ratio is searched so that multiply-accumulates are at most GOAL.
 """
 
+import copy
 import sys
 from pathlib import Path
 
@@ -30,19 +31,22 @@ def main() -> None:
     chosen = np.random.default_rng(0).choice(len(found.examples), 512, replace=False)
     targets = data.targets(found, task)
     example = torch.zeros(1, 3, 32, 32)
+    whole = resnet20.model()
+    for i in range(0, 512, 64):
+        x = torch.from_numpy(task.prepare([found.examples[j] for j in chosen[i : i + 64]])["pixel_values"])
+        y = torch.tensor([int(targets[j]) for j in chosen[i : i + 64]])
+        torch.nn.functional.cross_entropy(whole(x), y).backward()
+    grads = {name: p.grad for name, p in whole.named_parameters()}
     low, high, best = 0.0, 0.9, None
     for _ in range(8):
         ratio = (low + high) / 2
-        network = resnet20.model()
+        network = copy.deepcopy(whole)
+        for name, p in network.named_parameters():
+            p.grad = grads[name].clone()
         pruner = tp.pruner.BasePruner(
             network, example, importance=tp.importance.GroupTaylorImportance(), pruning_ratio=ratio,
             global_pruning=True, ignored_layers=[network.linear], max_pruning_ratio=0.9,
         )  # fmt: skip
-        network.zero_grad()
-        for i in range(0, 512, 64):
-            x = torch.from_numpy(task.prepare([found.examples[j] for j in chosen[i : i + 64]])["pixel_values"])
-            y = torch.tensor([int(targets[j]) for j in chosen[i : i + 64]])
-            torch.nn.functional.cross_entropy(network(x), y).backward()
         pruner.step()
         macs, parameters = tp.utils.count_ops_and_params(network, example)
         print(f"ratio {ratio:.3f}: {macs:,.0f} multiply-accumulates, {parameters:,} parameters", flush=True)

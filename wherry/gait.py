@@ -12,6 +12,7 @@
 `tune(loss, latents, free, batches, notes)`: after the last block; the whole model against the original's outputs.
 `prune(w, stat, notes) -> w`: a stage of its own, streamed or (with `observe`) walked; the same weight with zeros in it.
 `share(plan, batches, progress) -> {name: sparsity}`: before a `prune`; how much of each weight it takes.
+`choices(sparsity)`, `rounded(w, s)`, `allot(cost, size, sparsity)`: the same, from what each share costs the model.
 `remake(checkpoint, out, batches, progress)`: a stage of its own; writes another model into the new folder `out`. With
     `expect(checkpoint) -> checkpoint` the plan knows its names, shapes and configuration before, and with
     `remarks(checkpoint) -> {tensor or "": text}` it says what was rounded, or why; both raise what must fail.
@@ -31,7 +32,7 @@ from wherry.ops import grid, sparse
 from wherry.scheme import PRESETS, QTensor, Scheme
 
 EMBEDDING = "W8A16,group_size=32"
-SEEING = ("observe", "smooth", "correct", "fit", "tune", "assign")
+SEEING = ("observe", "smooth", "correct", "fit", "tune", "assign", "allot")
 # knobs that only a step which gives codes has
 QUANTIZER = ("scheme", "embedding", "portable", "activation_observer", "bias_correction", "attention")
 
@@ -66,7 +67,7 @@ class Pass:
     @classmethod
     def knobs(cls) -> list[str]:
         """Names of the fields that a recipe can turn."""
-        coded = not any(hasattr(cls, gait) for gait in ("prune", "share", "remake"))
+        coded = not any(hasattr(cls, gait) for gait in ("prune", "share", "allot", "remake"))
         return [item.name for item in dataclasses.fields(cls) if coded or item.name not in QUANTIZER]
 
     @property
@@ -74,7 +75,7 @@ class Pass:
         """"zeros" for a step that prunes or says how much, "model" for one that remakes, else "codes"."""
         if hasattr(self, "remake"):
             return "model"
-        return "zeros" if hasattr(self, "prune") or hasattr(self, "share") else "codes"
+        return "zeros" if any(hasattr(self, gait) for gait in ("prune", "share", "allot")) else "codes"
 
     @property
     def calibrated(self) -> bool:

@@ -25,12 +25,13 @@ from wherry import shelf
 from wherry.checkpoint import Checkpoint
 from wherry.errors import BadInput, Unsupported
 from wherry.gait import Pass as Pass
+from wherry.gait import Pruner
 from wherry.gait import matches as matches
 from wherry.knobs import split, values
 from wherry.roles import QUANTIZABLE, QUANTIZED
 from wherry.roles import roles as roles
 from wherry.rows import PlanRow as PlanRow
-from wherry.rows import remade, row_of
+from wherry.rows import holds_zero, remade, row_of
 from wherry.scheme import Scheme, Tensor
 from wherry.shelf import suggest
 
@@ -70,9 +71,12 @@ def expand(step: Pass) -> tuple[Pass, ...]:
 
 def shares(step: Pass, after: Pass | None) -> bool:
     """Whether a step only says how much the one after it prunes. Raises BadInput where no such one comes after it."""
-    alone = hasattr(step, "share") and not hasattr(step, "prune")
-    if alone and not hasattr(after, "prune"):
+    alone = step.gait == "zeros" and not hasattr(step, "prune")
+    if alone and not isinstance(after, Pruner):
         raise BadInput(f"{step.method} says how much is pruned: a step that prunes comes after it, like wanda")
+    own = isinstance(after, Pruner) and (after.pattern, getattr(after, "threshold", 0.0), getattr(after, "scope", ""))
+    if alone and own and (own[0] or own[1] or own[2] == "global"):
+        raise BadInput(f"{after} says itself how much each layer takes: leave {step.method} out, or that knob")
     return alone
 
 
@@ -216,7 +220,8 @@ class Recipe:
     def _fits_graphs(self) -> None:
         """Raise Unsupported for a step that walks a transformer's blocks: an ONNX graph has none."""
         for step in self.steps:
-            gait = next((name for name in ("smooth", "correct", "fit", "tune", "assign") if hasattr(step, name)), "")
+            walks = ("smooth", "correct", "fit", "tune", "assign", "allot")
+            gait = next((name for name in walks if hasattr(step, name)), "")
             told = len(inspect.signature(step.observe).parameters) if hasattr(step, "observe") else 0
             if gait or told > 2:
                 raise Unsupported(
@@ -253,6 +258,9 @@ class Plan:
                 if name in rows:
                     old, notes = rows[name], row.notes if row.after else ()
                     sparsity = row.sparsity or old.sparsity
+                    if old.sparsity and row.scheme and not holds_zero(row.scheme):
+                        sparsity, lost = 0.0, f"{row.scheme} has no zero: the zeros made before are rounded like others"
+                        notes = (*notes, lost)
                     row = dataclasses.replace(row, before=old.before, notes=(*old.notes, *notes), sparsity=sparsity)
                 rows[name] = row
         return cls(checkpoint, recipe, list(rows.values()), parts=tuple(plans))

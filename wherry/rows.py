@@ -115,9 +115,17 @@ def pruned(steps: tuple[Pass, ...], checkpoint: Checkpoint, row: PlanRow, why: s
         sparsity = step.planned(row.shape)
     except BadInput as error:
         raise BadInput(f"{row.name}: {error}") from error
+    for other in steps[:-1]:  # it says how much each layer takes, around that
+        getattr(other, "choices", lambda sparsity: [])(sparsity)
+        number += f", shared out by step {first + 1} ({other.method})"
     share = step.wording(sparsity)
     last = len(steps) - 1
     return dataclasses.replace(row, step=last, reason="", sparsity=sparsity, notes=(f"{share} by {number}",))
+
+
+def holds_zero(scheme: Scheme) -> bool:
+    """Whether a grid has a code for exactly zero: not binary, not sums of planes, not one with a float minimum."""
+    return scheme.planes == 1 and scheme.minimum == "code" and scheme.table != "binary"
 
 
 def remade(steps: tuple[Pass, ...], checkpoint: Checkpoint, made: Checkpoint, first: int) -> list[PlanRow]:

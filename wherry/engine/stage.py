@@ -18,7 +18,8 @@ from wherry.engine.unit import assemble, digest, zeros
 from wherry.errors import Corrupt
 from wherry.journal import Units
 from wherry.recipe import Plan, Progress, roles
-from wherry.scheme import QTensor
+from wherry.rows import holds_zero
+from wherry.scheme import QTensor, Scheme
 
 Facts = list[dict[str, Any]]
 History = dict[str, dict[str, Any]]
@@ -86,6 +87,8 @@ def merged(facts: Facts, history: History, first: int = 0) -> Facts:
     for fact in facts:
         before = history.get(fact["name"], {})
         step = fact["step"] + first if fact["step"] >= 0 else -1
+        if fact["scheme"] and not holds_zero(Scheme.parse(fact["scheme"])):
+            before = {key: value for key, value in before.items() if key != "sparsity"}
         out.append({**before, **fact, "step": step})
     return out
 

@@ -93,3 +93,20 @@ def test_bad_input_on_graphs(graph: Path, tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=wanted):
             compress(graph, tmp_path / "out", recipe)
         assert not list(tmp_path.iterdir())
+
+
+def test_openvino_is_told_of_zeros(graph: Path, tmp_path: Path) -> None:
+    from wherry import shelf
+    from wherry.artifact import Artifact
+
+    recipe = "magnitude:sparsity=0.8 | rtn:scheme=W8A8_STATIC"
+    compress(graph, tmp_path / "out", recipe, formats=("openvino",))
+    load = shelf.find("runtimes", "openvino").load
+    sparse = load(Artifact.open(tmp_path / "out" / "openvino"))
+    assert "70% zeros" in sparse.facts["sparse weights"]
+    manifest = Artifact.open(tmp_path / "out" / "openvino").manifest
+    dense = load(Artifact(tmp_path / "out" / "openvino", manifest | {"plan": []}))
+    assert "sparse weights" not in dense.facts
+    x = images(3, 9)
+    a, b = (next(iter(session.predict({"image": x}).values())) for session in (sparse, dense))
+    assert np.allclose(a, b, atol=1e-5)

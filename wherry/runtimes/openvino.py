@@ -13,7 +13,7 @@ import openvino as ov
 
 from wherry.artifact import Artifact
 from wherry.errors import BadInput
-from wherry.formats.openvino import compiled, executed
+from wherry.formats.openvino import compiled, executed, sparse_rate
 from wherry.session import NoGenerate, Session, Signature
 
 
@@ -62,7 +62,8 @@ class OpenVINO(NoGenerate):
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         self.path, self.lock = artifact.main, threading.Lock()
-        self.model: Any = compiled(artifact.main, threads)
+        sparse = sparse_rate(artifact.manifest)
+        self.model: Any = compiled(artifact.main, threads, sparse)
         self.request = self.model.create_infer_request()
         self.inputs, self.outputs = signature(self.model.inputs), signature(self.model.outputs)
         found = executed(self.model)
@@ -71,6 +72,10 @@ class OpenVINO(NoGenerate):
             "threads": str(threads or "auto"), "device": "cpu", "format": artifact.format,
             "layers": ", ".join(f"{count} {kind}" for kind, count in sorted(found.items())),
         }  # fmt: skip
+        if sparse:
+            amx = "AMX" in self.facts["isa"].upper()
+            why = "" if amx else "; this processor has no AMX: the zeros buy nothing here"
+            self.facts["sparse weights"] = f"matrices of {sparse:.0%} zeros and more stay packed{why}"
 
     def predict(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Inputs by name to outputs by name, the first axis of each being the batch."""

@@ -46,7 +46,8 @@ def quantize(
     """
     checkpoint = plan.checkpoint
     result.mkdir(exist_ok=True, parents=True)
-    facts, integer = run(plan, batches, result, progress)
+    seen = batches if plan.recipe.calibrated else []  # those of an earlier stage are for the checks alone
+    facts, integer = run(plan, seen, result, progress)
     progress(1, 1, "reload and compare")
     checks = whole.checks(result / "model.onnx", checkpoint.graph.path, batches, integer)
     cargo.beside(checkpoint.path, checkpoint.task, result)

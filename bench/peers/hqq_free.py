@@ -4,9 +4,9 @@
         [--axis 0]
 
 Reads a Hugging Face folder, sees no data; writes a folder of plain fp16 weights of what its codes mean, and counts the
-bytes of its packed codes, fp16 scales and fp16 zeros (its zeros are no integers) plus fp16 of the rest. Only the
-linears of the blocks are quantized. axis 1 groups inputs of a row, as its kernels want it; axis 0 groups outputs, which
-its page calls better at few bits. Ends with one JSON line of what it took.
+bytes of a safetensors file of its packed codes, fp16 scales, fp16 zeros (they are no integers) and fp16 of the rest.
+Only the linears of the blocks are quantized. axis 1 groups inputs of a row, as its kernels want it; axis 0 groups
+outputs, which its page calls better at few bits. Ends with one JSON line of what it took.
 
 The environment: python3.11 -m venv PEER; PEER/bin/pip install torch==2.13.0; PEER/bin/pip install hqq==0.2.8.post1
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from hqq.core.quantize import Quantizer
+from safetensors.torch import save
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: TID253
 
 
@@ -42,23 +43,23 @@ def compress(a: argparse.Namespace) -> dict[str, object]:
     """Quantize and save; returns wall and CPU seconds (loading and saving left out) and versions."""
     causal = any("CausalLM" in name for name in AutoConfig.from_pretrained(a.model).architectures or [])
     model = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(a.model, dtype=torch.float32)
-    layers = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layer" in n]
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layer" in n}
     every = sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())
     start, cpu = time.perf_counter(), time.process_time()
-    held = 0
+    held = {n: p.detach().half() for n, p in model.named_parameters() if n.removesuffix(".weight") not in layers}
     with torch.no_grad():
-        for layer in layers:
+        for place, layer in layers.items():
             code, meta = Quantizer.quantize(
                 layer.weight.data, nbits=int(a.scheme[1]), channel_wise=True, group_size=a.group_size, optimize=True,
                 round_zero=False, axis=a.axis, bitpack=True, compute_dtype=torch.float32, device="cpu",
             )  # fmt: skip
             for name in ("scale", "zero"):
+                held[f"{place}.{name}"] = meta[name].half().clone()
                 meta[name] = meta[name].half().float()
-                held += 2 * meta[name].numel()
-            held += code.numel() * code.element_size()
+            held[f"{place}.codes"] = code.clone()
             layer.weight.data = Quantizer.dequantize(code, meta).reshape(layer.weight.shape).float()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-    size = held + 2 * (every - sum(layer.weight.numel() for layer in layers))
+    size = len(save(held))
     model.to(torch.float16).save_pretrained(a.out)
     AutoTokenizer.from_pretrained(a.model).save_pretrained(a.out)
     return {

@@ -4,7 +4,8 @@
 
 Every linear of the blocks goes through ggml_quantize_chunk, as in llama-quantize; the importance matrix is the mean of
 x^2 of each input over the calibration windows in the float model, as llama-imatrix collects it. The folder that is
-written holds plain fp16 weights of what the blocks mean, by the gguf package's dequantizer; bits are of the blocks.
+written holds plain fp16 weights of what the blocks mean, by the gguf package's dequantizer; bits are of a safetensors
+file with the blocks and fp16 of the rest, as wherry's own are.
 """
 
 import ctypes as c
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
+from safetensors.torch import save
 
 
 def quantize(w: np.ndarray, kind: str, importance: np.ndarray | None) -> np.ndarray:
@@ -63,15 +65,14 @@ def compress(folder: Path, out: Path, kind: str, tokens: np.ndarray | None) -> d
                 model(torch.from_numpy(row[None]))
         for handle in handles:
             handle.remove()
-    held = 0
+    held = {n: p.detach().half() for n, p in model.named_parameters() if n.removesuffix(".weight") not in layers}
     for name, layer in layers.items():
         importance = (squares[name] / tokens.size).numpy() if tokens is not None else None
         blocks = quantize(layer.weight.detach().numpy(), kind, importance)
-        held += blocks.nbytes
+        held[f"{name}.weight"] = torch.from_numpy(blocks)
         layer.weight.data = torch.from_numpy(dequantize(blocks, GGMLQuantizationType[kind])).float()
     took = {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
-    linear = sum(layer.weight.numel() for layer in layers.values())
     every = sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())
     model.to(torch.float16).save_pretrained(out)
-    size = held + 2 * (every - linear)
+    size = len(save(held))
     return took | {"bytes": size, "bits": 8 * size / every}

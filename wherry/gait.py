@@ -45,9 +45,9 @@ class Pass:
     embedding: scheme of the embedding and of the head, which share it when they are tied; "keep" leaves them.
     portable: round scales to 7 significant bits so that every format holds exactly the same weights.
     targets, ignore: layer names (`model.layers.0.mlp.up_proj`), or patterns after `re:`; several joined by `;`.
-    activation_observer: how static ranges of activations are found: mse, minmax, percentile, entropy. ONNX graphs only,
-        as the next two.
-    bias_correction: take what rounding the weights adds to a layer's mean output from its bias.
+    activation_observer: how static ranges of activations are found: mse, minmax, percentile, entropy (ops/ranges.py);
+        auto = mse on ONNX graphs, minmax elsewhere.
+    bias_correction: take what rounding the weights adds to a layer's mean output from its bias; graphs only, as the next.
     attention: also round the inputs of products of two activations.
     """
 
@@ -56,7 +56,7 @@ class Pass:
     portable: bool = True
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
-    activation_observer: Literal["mse", "minmax", "percentile", "entropy"] = "mse"
+    activation_observer: Literal["auto", "mse", "minmax", "percentile", "entropy"] = "auto"
     bias_correction: bool = False
     attention: bool = False
 
@@ -102,6 +102,10 @@ class Pass:
     def rounding(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """How scales are rounded before codes are solved; None when they are not."""
         return grid.stored(self.scheme, grid.portable if self.portable else None)
+
+    def ranging(self, graph: bool) -> str:
+        """Which observer finds static ranges; graph: of an ONNX graph."""
+        return ("mse" if graph else "minmax") if self.activation_observer == "auto" else self.activation_observer
 
     @property
     def method(self) -> str:

@@ -172,6 +172,12 @@ def settle(
                 watch.reference(flow, i)
                 flow.call(block, i)
                 watch.batch_ends()
+            watch.counting = any(
+                static_activations(rows[n].scheme) and watched[n].ranging(graph=False) != "minmax" for n in wave
+            )
+            for i in range(len(flow.states) if watch.counting else 0):  # histograms want the extremes first
+                flow.call(block, i)
+                watch.batch_ends()
         for name in wave:
             w = weights[name]
             assert not isinstance(w, QTensor)
@@ -271,8 +277,9 @@ def solve(plan: Plan, row: PlanRow, w: torch.Tensor, watch: Watch, notes: list[s
     else:
         notes.append("no calibration input reached it: rounded to nearest")
         q = round_to_nearest(plan, row, w)
-    if static_activations(row.scheme) and row.name in watch.ranges:
-        low, high = watch.ranges[row.name]
+    found = watch.range(row.name, step.ranging(graph=False))
+    if static_activations(row.scheme) and found is not None:
+        low, high = found
         scale = max((high - low) / 255.0, 1e-8)
         zero = round(-128 - low / scale)
         q = replace(q, activation_scale=torch.tensor([scale]), activation_zero=torch.tensor([zero], dtype=torch.int8))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from wherry.ops.ranges import Seen
 from wherry.recipe import Pass, PlanRow, static_activations
 
 
@@ -57,7 +58,8 @@ class Watch:
 
     def __init__(self) -> None:
         self.stats: dict[str, Any] = {}
-        self.ranges: dict[str, tuple[float, float]] = {}
+        self.seen = Seen()  # inputs of layers with static activations
+        self.counting = False  # the second pass: histograms, nothing else
         self.leader: dict[str, str] = {}
         self.alive: list[tuple[torch.Tensor, Pass, str]] = []
         self.refers: dict[str, torch.Tensor] = {}
@@ -85,8 +87,11 @@ class Watch:
         for name, leader in self.leader.items():
             if leader in self.stats:
                 self.stats[name] = self.stats[leader]
-            if leader in self.ranges:
-                self.ranges[name] = self.ranges[leader]
+
+    def range(self, name: str, observer: str) -> tuple[float, float] | None:
+        """The range of a layer's input, that of the layer whose input it shares; None when nothing was seen."""
+        own = self.leader.get(name, name)
+        return self.seen.range(own, observer) if own in self.seen.low else None
 
     def see(self, name: str, step: Pass, row: PlanRow, x: torch.Tensor) -> None:
         """Fold one input x [..., k] into the statistic of the layer, or follow one that saw the same tensor."""
@@ -98,6 +103,10 @@ class Watch:
         if leader != name:
             return
         flat = x.reshape(-1, x.shape[-1])
+        if self.counting:
+            if static_activations(row.scheme):
+                self.seen.count(name, flat.float().cpu().numpy())
+            return
         if hasattr(step, "observe"):
             extra: tuple[torch.Tensor, ...] = ()
             if refers(step):
@@ -105,8 +114,7 @@ class Watch:
                 extra = ((beside if beside.shape == x.shape else x).reshape(flat.shape),)
             self.stats[name] = step.observe(self.stats.get(name), flat, *extra)
         if static_activations(row.scheme):
-            low, high = self.ranges.get(name, (0.0, 0.0))
-            self.ranges[name] = (min(low, float(flat.min())), max(high, float(flat.max())))
+            self.seen.extremes(name, flat.float().cpu().numpy())
 
 
 @contextmanager

@@ -154,7 +154,7 @@ def run(
         bias.correct(source, static, results, seen)
     scales = {}
     if seen is not None:
-        observers = next((step.activation_observer for step in steps if step.scheme.activations), "mse")
+        observers = next((step.ranging(True) for step in steps if step.scheme.activations), "mse")
         ranges = {name: seen.range(name, observers) for name in places.names()}
         scales = draw.activations(graph, places, ranges)
     write(source, results, kinds, scales, places, notes)
@@ -204,7 +204,7 @@ def calibrate(
     watched: dict[str, Pass], batches: list[dict[str, np.ndarray]], progress: Progress,
 ) -> tuple[observe.Seen, dict[str, Any]]:  # fmt: skip
     """Ranges of the placed edges, means of layers' inputs, statistics of the passes."""
-    observers = {step.activation_observer for step in steps if step.scheme.activations}
+    observers = {step.ranging(True) for step in steps if step.scheme.activations}
     means = {}
     for node in static:
         if node.op_type != "MatMul":

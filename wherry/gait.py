@@ -47,7 +47,7 @@ class Pass:
     targets, ignore: layer names (`model.layers.0.mlp.up_proj`), or patterns after `re:`; several joined by `;`.
     activation_observer: how static ranges of activations are found: mse, minmax, percentile, entropy (ops/ranges.py);
         auto = mse on ONNX graphs, minmax elsewhere.
-    bias_correction: take what rounding the weights adds to a layer's mean output from its bias; graphs only, as the next.
+    bias_correction: take what rounding adds to a layer's mean output from its bias; graphs only, as the next.
     attention: also round the inputs of products of two activations.
     """
 

@@ -165,8 +165,8 @@ ROWS = {
 @pytest.mark.parametrize("kind", ROWS)
 def test_llama_cpp_decodes_the_same_bits(kind: str) -> None:
     """By the C functions of llama.cpp itself (dequantize_row_*), as the wheel exports them."""
-    function = getattr(ctypes.CDLL(sys.modules["xllamacpp.xllamacpp"].__file__), f"dequantize_row_{kind.lower()[:2]}{kind[2:]}"
-                       if kind != "MXFP4" else "dequantize_row_mxfp4")  # fmt: skip
+    name = "mxfp4" if kind == "MXFP4" else kind.lower()[:2] + kind[2:]
+    function = getattr(ctypes.CDLL(sys.modules["xllamacpp.xllamacpp"].__file__), f"dequantize_row_{name}")
     function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     for seed in (0, 1):
         w = weight(seed=seed)

@@ -40,12 +40,15 @@ def inputs(tokens: int, k: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", CALIBRATED)
-@pytest.mark.parametrize("scheme", ["W4A16_ASYM", "W2A16", "NF4", "MXFP4A16", "FP8A16", "Q4_K", "Q6_K", "W2A16_BINARY"])
+@pytest.mark.parametrize(
+    "scheme", ["W4A16_ASYM", "W2A16", "NF4", "MXFP4A16", "FP8A16", "Q4_K", "Q6_K", "W2A16_BINARY"]
+)
 def test_white_inputs_make_it_round_to_nearest(method: str, scheme: str) -> None:
     """Inputs without correlation leave nothing to gain: the codes are the nearest ones of the searched ranges."""
     torch.manual_seed(0)
     w, x = torch.randn(24, 256), torch.eye(256) * 16
-    knobs: dict[str, Any] = {"scheme": scheme, **sized(scheme)} | ({"damp": 0, "refit": False} if method != "awq" else {})
+    knobs: dict[str, Any] = {"scheme": scheme, **sized(scheme)}
+    knobs |= {"damp": 0, "refit": False} if method != "awq" else {}
     ours = solve(method, w, x, **knobs)
     step = build(method, knobs)
     nearest = grid.encode(w, step.scheme, *grid.search(w, step.scheme, step.rounding))

@@ -55,9 +55,10 @@ PICTURES = {"recipe": "kl:temperature=4,weight=0.9 | ce:weight=0.1", "steps": 60
 TEXT = {"recipe": "kl:weight=0.7 | ce:weight=0.3", "steps": 80, "batch": 8, "length": 256, "learning_rate": 1e-3,
         "warmup": 10}  # fmt: skip
 CASES = (
-    Case("minilm", "40%", "width:neurons=256", "vocabulary:tokens=22528", SENTENCES),
-    Case("minilm", "50%", "width:neurons=256", "vocabulary:tokens=17408", SENTENCES),
-    Case("minilm", "30%", "width:neurons=768", "vocabulary:tokens=22528", {}),
+    Case("minilm", "30%", "width:neurons=512", "vocabulary:tokens=25600", {}),
+    Case("minilm", "40%", "width:neurons=512", "vocabulary:tokens=18432", {}),
+    Case("minilm", "50%", "width:neurons=512", "vocabulary:tokens=13312", {}),
+    Case("minilm", "40% healed", "width:neurons=256", "vocabulary:tokens=22528", SENTENCES),
     Case("resnet20", "30%", "width:parameters=0.3,importance=taylor", "", PICTURES),
     Case("resnet20", "50%", "width:parameters=0.5,importance=taylor", "", PICTURES),
     Case("resnet20", "30%", "", "", PICTURES, "torch-pruning"),

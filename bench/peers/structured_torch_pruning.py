@@ -15,6 +15,18 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "fields")]
 
 
+class Named(torch.nn.Module):
+    """The network with the name that the dense graph gives its input."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        return self.network(pixel_values)
+
+
 def main() -> None:
     """The driver."""
     peer, goal, dense, out = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
@@ -56,7 +68,7 @@ def main() -> None:
             low = ratio
     if best is None:
         raise SystemExit("no ratio reaches the goal")
-    capture(best.eval(), out, {"pixel_values": torch.randn(2, 3, 32, 32)}, task, outputs=["logits"])
+    capture(Named(best.eval()), out, {"pixel_values": torch.randn(2, 3, 32, 32)}, task, outputs=["logits"])
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ class QAT(Step):
                 if grids := [step for step in steps if isinstance(step, LearnedGrid)]:
                     small = self.portable and all(own.scheme.bits <= 4 for own in grids)
                     held = getattr(module, "held_by", torch.float16)
-                    module.held_by = held if small else torch.float32  # the least dtype that holds the values
+                    whole: Any = module
+                    whole.held_by = held if small else torch.float32  # the least dtype that holds the values
                     parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
             if hasattr(layer, "input_range"):
                 del layer.input_range

@@ -36,9 +36,14 @@ void quantize(const float* x, int k, int8_t* q, float* scale, int32_t* sum) {
             nan = add(nan, mul(v, setf(0)));  // maxima lose NaN; this keeps it, and infinity
         }
         float highest = top(most), wrong = total(nan);
+        if (wrong != wrong) {  // the scale alone tells it: no integer can
+            scale[g] = wrong, sum[2 * g] = sum[2 * g + 1] = 0;
+            for (int i = 0; i < GROUP; i++) q[i] = 0;
+            continue;
+        }
         bool some = highest > 1e-30f;
-        scale[g] = wrong != wrong ? wrong : some ? highest / 127.0f : 0.0f;
-        vf by = setf(some && wrong == wrong ? 127.0f / highest : 0.0f);
+        scale[g] = some ? highest / 127.0f : 0.0f;
+        vf by = setf(some ? 127.0f / highest : 0.0f);
         for (int h = 0; h < 2; h++) {
             vi s = seti(0);
             for (int i = 16 * h; i < 16 * h + 16; i += LANES) {

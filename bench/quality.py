@@ -73,8 +73,6 @@ ENTRIES = (
     Entry("wherry", "hqq"),
     Entry("wherry", "rounding"),
     Entry("wherry", "best"),
-    Entry("wherry", "rotation+gptq"),
-    Entry("wherry", "awq+gptq"),
     Entry("auto-round", "rounding"),
     Entry("gptqmodel", "gptq"),
     Entry("gptqmodel", "gptq", "mse=2.4"),
@@ -86,7 +84,6 @@ ENTRIES = (
     Entry("llm-compressor", "rtn"),
     Entry("llm-compressor", "gptq"),
     Entry("llm-compressor", "gptq", "observer=imatrix_mse"),
-    Entry("llm-compressor", "awq"),
 )
 
 

@@ -115,3 +115,17 @@ def test_an_unfinished_part_is_made_again(tmp_path: Path) -> None:
         cache.make(folder, facts(), [np.array([i]) for i in range(N)], failing)
     assert not cache.ready(folder)
     assert len(made(folder, facts(), logits).rows(np.arange(N))["top_values"]) == N
+
+
+def test_parts_that_another_teacher_left_are_not_taken(tmp_path: Path) -> None:
+    """A rank had finished its part when all were killed; the next run has another teacher."""
+    folder, old, new = tmp_path / "c", table(), table() + torch.arange(V) % 7
+    ids = [np.arange(N)]
+    for given, logits in ((facts(), old), (facts(), new), (facts(teacher="other"), new)):
+        cache.begin(folder, given, ranks=1)
+        cache.make(folder, given, ids, lambda batch, of=logits: of[torch.from_numpy(batch)])
+        cache.finish(folder, given)
+        expected = old if given == facts() else new  # the same teacher's part is kept
+        values = (expected / 2).log_softmax(-1).topk(8)[0]
+        assert torch.equal(cache.Cached(folder).rows(np.arange(N))["top_values"], values)
+        (folder / cache.FACTS).unlink()

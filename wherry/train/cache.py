@@ -26,6 +26,7 @@ from wherry.errors import BadInput, Corrupt, Diverged, Missing, Unsupported
 from wherry.report import read_object, write_atomic
 
 FACTS = "facts.json"
+BEGUN = "begun.json"  # what the parts of an unfinished cache are of
 ROWS = ("top_values", "top_indices")
 PREFIX = "cached:"  # of their names in a batch: no inputs of the student
 LEVEL = 1  # of zlib: 6 saves 2% more in four times the time
@@ -141,6 +142,16 @@ def make(
         raise
 
 
+def begin(folder: Path, facts: Facts, **more: int) -> None:
+    """Remove the parts that a run of other facts left unfinished, and note what the next are of."""
+    wanted = asdict(facts) | more
+    if not (folder / BEGUN).exists() or read_object(folder / BEGUN) != wanted:
+        for part in folder.glob("part-*"):
+            part.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / BEGUN, json.dumps(wanted) + "\n")
+
+
 def finish(folder: Path, facts: Facts) -> None:
     """All parts are there: write the facts."""
     write_atomic(folder / FACTS, json.dumps(asdict(facts), indent=1) + "\n")
@@ -245,7 +256,7 @@ class Answered:
 
 def answered(
     teacher: Any, data: Any, ids: Iterable[np.ndarray], folder: Path, wanted: Facts, rank: int,
-    agree: Callable[[], None], progress: Progress, total: int,
+    agree: Callable[[], None], progress: Progress, total: int, ranks: int = 1,
 ) -> Answered:  # fmt: skip
     """The data with answers from the cache in `folder`, made now where it is not there.
 
@@ -257,6 +268,9 @@ def answered(
     if not ready(folder):
         if teacher is None:
             raise Missing(f"{folder} is no finished cache of a teacher")
+        if rank == 0:
+            begin(folder, wanted, total=total, ranks=ranks)
+        agree()
         device = next(teacher.module.parameters()).device
 
         def logits(numbers: np.ndarray) -> torch.Tensor:

@@ -121,7 +121,7 @@ class Run:
         try:
             answered = teachers.answered(
                 teacher, self.data, each, self.cache / "teacher", facts, world.rank, lambda: world.check(None), quiet,
-                self.steps,
+                self.steps, world.size,
             )  # fmt: skip
         except Exception as error:  # told to all ranks, unless they know
             if not getattr(error, "agreed", False):
@@ -296,16 +296,18 @@ class Run:
         return mine, made
 
     def _check(self, batch: Batch) -> None:
-        """Labels inside of the logits. Raises BadInput."""
-        counted = batch["targets"][batch["targets"] != IGNORE]
-        if not len(counted):
-            return
-        low, high = int(counted.min()), int(counted.max())
-        if low < 0 or self.student.classes and high >= self.student.classes:
-            raise BadInput(
-                f"the label {low if low < 0 else high} is out of range: {self.job.model} has"
-                f" {self.student.classes} classes or tokens"
-            )
+        """Labels inside of the logits, and a text's tokens, of which the first is no label. Raises BadInput."""
+        classes = self.student.classes
+        numbers = {"label": batch["targets"][batch["targets"] != IGNORE]}
+        if self.student.task.kind == "text-generation":
+            numbers["token"] = batch["input_ids"]
+        for what, found in numbers.items():
+            low, high = (int(found.min()), int(found.max())) if found.numel() else (0, 0)
+            if low < 0 or classes and high >= classes:
+                raise BadInput(
+                    f"the {what} {low if low < 0 else high} is out of range: {self.job.model} has {classes} classes or"
+                    " tokens"
+                )
 
     def measure(self) -> tuple[float, float]:
         """Loss and accuracy on the held-out data; see `Learner.measure`."""

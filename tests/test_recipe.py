@@ -7,6 +7,7 @@ import pytest
 from wherry.checkpoint import Checkpoint
 from wherry.errors import BadInput, Error, Unsupported
 from wherry.recipe import Recipe
+from wherry.scheme import Scheme
 
 TEXTS = [
     "rtn:scheme=W8A16",
@@ -75,3 +76,23 @@ def test_a_pattern_that_matches_nothing_is_an_error(knob: str, tiny_llama: Path)
 def test_group_that_does_not_divide_names_tensor_and_cure(tiny_llama: Path) -> None:
     with pytest.raises(BadInput, match=r"down_proj.weight|q_proj.weight.*group_size=64 does"):
         Recipe.parse("rtn:scheme=W4A16,group_size=96").plan(Checkpoint.open(tiny_llama))
+
+
+@pytest.mark.parametrize("scheme", ["W4A16_ASYM,group_size=64", "W3A16,group_size=128", "W8A16", "W8A8_STATIC"])
+@pytest.mark.parametrize("embedding", ["", ",embedding=keep", ",embedding=W4A16"])
+def test_best_keeps_the_scheme_and_the_embedding_that_it_was_given(scheme, embedding):
+    steps = Recipe.parse(f"best:scheme={scheme}{embedding}").steps
+    assert str(steps[0].scheme) == str(Scheme.parse(scheme))
+    assert steps[0].embedding == (embedding.removeprefix(",embedding=") or "W8A16,group_size=32")
+
+
+def test_a_group_size_behind_the_embedding_is_the_embeddings():
+    text = "gptq:scheme=W4A16_ASYM,group_size=64,embedding=W4A16,group_size=32"
+    step = Recipe.parse(text).steps[0]
+    assert (str(step.scheme), step.embedding) == ("W4A16_ASYM,group_size=64", "W4A16,group_size=32")
+    assert str(Recipe.parse(text)) == text
+
+
+def test_a_knob_given_twice_is_refused():
+    with pytest.raises(BadInput, match="gptq has group_size twice"):
+        Recipe.parse("gptq:scheme=W4A16_ASYM,group_size=64,group_size=32")

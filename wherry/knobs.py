@@ -18,12 +18,18 @@ def split(text: str, word: str) -> Iterator[tuple[str, dict[str, str]]]:
         method, _, rest = part.strip().partition(":")
         if not method:
             raise BadInput(f"recipe '{text}' has an empty step; write {word}:knob=value,knob=value")
-        knobs = {}
+        knobs: dict[str, str] = {}
         for item in filter(None, re.split(r",(?=[A-Za-z_]\w*=)", rest)):
             key, equals, value = item.partition("=")
             if not equals:
                 raise BadInput(f"recipe '{text}': '{item}' is not knob=value")
-            knobs[key.strip()] = value.strip()
+            key, last = key.strip(), next(reversed(knobs), "")
+            if key in knobs and (key, last) == ("group_size", "embedding"):  # of the embedding's own scheme
+                knobs[last] += f",{key}={value.strip()}"
+            elif key in knobs:
+                raise BadInput(f"recipe '{text}': {method.strip()} has {key} twice; give it once")
+            else:
+                knobs[key] = value.strip()
         yield method.strip(), knobs
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wherry.errors import BadInput
-from wherry.gait import Pass
+from wherry.gait import EMBEDDING, Pass
 
 EPOCHS = 0.04  # of tuning, per step of learning a block
 
@@ -36,7 +36,7 @@ class Best(Pass):
         common = f"scheme={self.scheme}" + ("" if self.portable else ",portable=false")
         for knob, patterns in (("targets", self.targets), ("ignore", self.ignore)):
             common += f",{knob}={';'.join(patterns)}" if patterns else ""
-        common += f",embedding={self.embedding}"
+        common += f",embedding={self.embedding}" if self.embedding != EMBEDDING else ""
         if self.effort == "low" or self.scheme.planes > 1 or self.scheme.activations is not None:
             return f"gptaq:{common}"
         learned = f"rounding:{common},iters={self.iters}"

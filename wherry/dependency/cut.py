@@ -117,7 +117,9 @@ def rewrite(module: fx.GraphModule, graph: Graph, removed: Sequence[Group]) -> N
         outs = list(out) if isinstance(out, list | tuple) else [out]
         if not (changed(x) or any(map(changed, outs))):
             continue
-        if name in RESHAPES and isinstance(out, Value):
+        if name in ("zeros", "ones", "full") and isinstance(out, Value):
+            node.args = (*resized((list(node.args[0]),), out, size), *node.args[1:])
+        elif name in RESHAPES and isinstance(out, Value):
             node.args = (node.args[0], *resized(node.args[1:], out, size))
             node.kwargs = {k: resized((v,), out, size)[0] if k in ("shape", "size") else v
                            for k, v in node.kwargs.items()}  # fmt: skip

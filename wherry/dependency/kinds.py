@@ -101,6 +101,8 @@ def amount(text: str, before: int, what: str) -> float:
         raise BadInput(f"{what}={text}: a share below 1 that goes, or how many stay")
     if value < 1:
         return before * (1 - value)
+    if value == 1 and "." in text:
+        raise BadInput(f"{what}={text} leaves nothing: a share below 1 goes, or a whole number stays ({what}=1)")
     if value != int(value) or value > before:
         raise BadInput(f"{what}={text}: there are {before}; give fewer that stay, or a share below 1 that goes")
     return value

@@ -173,8 +173,14 @@ def reduce(flow: Flow, op: Op) -> None:
             flow.handled |= {flow.key(out, d) for d in gone}
 
 
-@rule("scalar_tensor", "arange", "full", "zeros", "ones", "empty", "rand", "randn", "eye", "linspace", "new_zeros",
-      "new_ones", "new_full", "new_empty", "empty_strided", "new_empty_strided", "_local_scalar_dense",
+@rule("full", "zeros", "ones", "new_zeros", "new_ones", "new_full")
+def alike(flow: Flow, op: Op) -> None:
+    """One number everywhere: any lane may go, where the size follows (a configuration, an fx graph)."""
+    flow.handled |= {flow.key(op.outputs[0], d) for d in range(op.outputs[0].rank)}
+
+
+@rule("scalar_tensor", "arange", "empty", "rand", "randn", "eye", "linspace",
+      "new_empty", "empty_strided", "new_empty_strided", "_local_scalar_dense",
       "is_nonzero", "equal", "randint", "tril_indices", "triu_indices", "item", "bincount", "nonzero",
       "histc", "unique_consecutive", "_unique2", "one_hot", "set_", "resize", "_assert_async")  # fmt: skip
 def fixed(flow: Flow, op: Op) -> None:

@@ -8,6 +8,7 @@ Every figure, name and remark on it is a field of one row of the report and carr
 from dataclasses import dataclass
 from importlib.resources import files
 
+from wherry.page.curves import HIGH, WIDE, Curve, curves
 from wherry.page.figure import Figure, number, plain
 from wherry.page.heat import STEPS, Heat, short
 from wherry.page.made import facts
@@ -178,6 +179,16 @@ class Page:
         }
         return Heat.of(self.rows, errors) if errors else None
 
+    def curves(self) -> list[Curve]:
+        """Loss, held-out loss and throughput of a training run over its updates."""
+        return curves(self.rows)
+
+    @property
+    def learned(self) -> Figure | None:
+        """Of a training run: the held-out loss at its end, else the training loss."""
+        i = self.find("held-out loss", "training loss", where="")
+        return None if i is None else self.value(i)
+
     def checks(self) -> "Checks | None":
         """All checks: kind by place, and those that did not pass with their reasons, failed ones first."""
         found = [i for i, row in enumerate(self.rows) if row.what.startswith("check: ")]
@@ -234,5 +245,5 @@ def render(report: Report) -> str:
     template = (files("wherry.page") / "page.html").read_text(encoding="utf8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(
-        page=Page(report), rows=report.rows, steps=range(STEPS), title=report.title
+        page=Page(report), rows=report.rows, steps=range(STEPS), title=report.title, wide=WIDE, high=HIGH
     )

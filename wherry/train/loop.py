@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from wherry import __version__
+from wherry import __version__, page
 from wherry.checkpoint import Safetensors
 from wherry.errors import BadInput, Diverged, Exhausted, Missing
 from wherry.journal import Journal
 from wherry.objective import IGNORE, Objective
+from wherry.report import write_atomic
 from wherry.train import cache as teachers
 from wherry.train import mesh, order, pictures, samples, save, student, watch
 from wherry.train import start as starts
@@ -170,12 +171,16 @@ class Run:
     def go(self, progress: Progress) -> dict[str, Any]:
         """All updates, then the export."""
         before = self.measure() if self.held_out is not None and not self.begin else None
+        if before:
+            self.log.judged(0, before[0])
         restore = self._listen()
         loader = ThreadPoolExecutor(1)
         try:
             seconds = self._updates(loader, progress)
             self.saver.wait()
             after = self.measure() if self.held_out is not None else None
+            if after:
+                self.log.judged(self.steps, after[0])
         finally:
             loader.shutdown(wait=True, cancel_futures=True)
             self.saver.close()
@@ -225,7 +230,7 @@ class Run:
             stop, clock = done.flags
             if job.eval_every and step % job.eval_every == 0 and step < self.steps and self.held_out is not None:
                 found = self.measure()[0]
-                self.log.write({"update": step, "held-out loss": found})
+                self.log.judged(step, found)
                 if self.judge is not None:
                     self.judge(step, found)
             every = job.save_every and step % job.save_every == 0 and step < self.steps
@@ -369,7 +374,9 @@ class Run:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         student.write(made, out, [(part.name, part.digest) for part in self.data.parts])
-        watch.report(result, self.log.rows).save(out / "report.json")
+        report = watch.report(result, self.log.rows)
+        report.save(out / "report.json")
+        write_atomic(out / "report.html", page.render(report))
         for pattern in ("metrics.jsonl", "samples-*.jsonl", "tensorboard", "job.json"):
             for path in self.folder.glob(pattern):
                 os.rename(path, out / path.name)

@@ -17,6 +17,12 @@ import torch
 from wherry.report import Report
 
 SIDE = 1024  # of the measured matrix product
+CURVES = (  # name in the report, in metrics.jsonl, unit
+    ("training loss", "loss", "nats"),
+    ("held-out loss", "held-out loss", "nats"),
+    ("samples per second", "samples per second", "samples/s"),
+)
+POINTS = 200  # of a curve, at most
 RECENT = 20  # updates that the shown loss is the mean of
 
 
@@ -84,6 +90,11 @@ class Log:
                 if name != "update" and isinstance(value, int | float):
                     self.board.add_scalar(name, value, row["update"])
 
+    def judged(self, update: int, loss: float) -> None:
+        """Note the loss on held-out data after an update, once; update 0: before the first."""
+        if not any(row["update"] == update and "held-out loss" in row for row in self.rows):
+            self.write({"update": update, "held-out loss": loss})
+
     def flush(self) -> None:
         """Put everything on disk, as it stands beside a checkpoint."""
         for file in (self.file, self.seen, self.board):
@@ -126,7 +137,7 @@ def tensorboard(folder: Path, done: int) -> Any:
 
 
 def report(result: dict[str, Any], rows: list[dict[str, Any]]) -> Report:
-    """Rows of a finished run: figures, and the curve as `training loss` at each update (at most 200 of them)."""
+    """Rows of a finished run: figures, and its curves over updates (at most 200 points each; see `page.curves`)."""
     made = Report(f"training: {result['model']} -> {result['out']}")
     made.add("updates", "", result["steps"])
     made.add("training loss", "", result["loss"], "nats", note=f"mean of the last {RECENT} updates")
@@ -148,8 +159,9 @@ def report(result: dict[str, Any], rows: list[dict[str, Any]]) -> Report:
         made.add("rollbacks", "", result["rollbacks"], note="to the newest checkpoint, at half the learning rate")
     for note in result["notes"]:
         made.add("note", "", None, note=note)
-    curve = [row for row in rows if "loss" in row]
-    every = max(1, -(-len(curve) // 200))
-    for row in curve[every - 1 :: every]:
-        made.add("curve: training loss", f"update {row['update']}", row["loss"], "nats")
+    for what, field, unit in CURVES:
+        curve = [row for row in rows if field in row]
+        every = max(1, -(-len(curve) // POINTS))
+        for row in curve[(len(curve) - 1) % every :: every]:  # the last is there
+            made.add(f"curve: {what}", f"update {row['update']}", row[field], unit)
     return made

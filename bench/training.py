@@ -2,7 +2,8 @@
 
     python -m bench.training scaling|overhead|memory|bytes [--out bench/results/training.json]
 
-scaling:  samples per second of 2 ranks x 1 thread over 1 rank x 1 thread, the same batch per rank.
+scaling:  samples per second of 2 ranks x 1 thread over 1 rank x 1 thread, the same --batch of samples per rank; a row
+          for each batch.
 overhead: seconds of an update of our loop over those of a bare PyTorch loop on the same model, data and optimizer; the
           two take turns, the ratio is of the medians.
 memory:   bytes of parameters, gradients and AdamW's state on each rank, under DDP and under FSDP2, against 16 N and
@@ -97,14 +98,14 @@ def started(folder: Path, name: str, ranks: int, **more: Any) -> list[dict[str, 
     return [json.loads(file.with_suffix(f".rank{i}").read_text()) for i in range(ranks)]
 
 
-def scaling(folder: Path) -> dict[str, Any]:
-    """Samples per second of one rank and of two."""
+def scaling(folder: Path, batch: int = BATCH) -> dict[str, Any]:
+    """Samples per second of one rank and of two, `batch` samples each."""
     rates = {}
     for ranks in (1, 2):
-        seconds = statistics.median(started(folder, f"scale{ranks}", ranks)[0]["seconds"])
-        rates[ranks] = BATCH * ranks / seconds
-    return {"samples per second, 1 rank": rates[1], "samples per second, 2 ranks": rates[2],
-            "times": rates[2] / rates[1]}  # fmt: skip
+        found = started(folder, f"scale{ranks}", ranks, batch=batch * ranks)
+        rates[ranks] = batch * ranks / statistics.median(found[0]["seconds"])
+    return {"samples a rank": batch, "load": os.getloadavg()[0], "samples per second, 1 rank": rates[1],
+            "samples per second, 2 ranks": rates[2], "times": rates[2] / rates[1]}  # fmt: skip
 
 
 def overhead(folder: Path) -> dict[str, Any]:
@@ -184,6 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("part", choices=[*PARTS, "rank"])
     parser.add_argument("file", nargs="?", type=Path)
+    parser.add_argument("--batch", type=int, default=BATCH, help="samples of a rank in an update; of scaling")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "training.json")
     args = parser.parse_args()
     if args.part == "rank":
@@ -192,12 +194,14 @@ def main() -> None:
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
-        found = PARTS[args.part](model(Path(folder)))
+        made = model(Path(folder))
+        found = scaling(made, args.batch) if args.part == "scaling" else PARTS[args.part](made)
     hash_ = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     row = {"date": date.today().isoformat(), "commit": hash_.stdout.strip(), "torch": torch.__version__,
            "cores": os.cpu_count(), **found}  # fmt: skip
     known = json.loads(args.out.read_text()) if args.out.exists() else {}
-    args.out.write_text(json.dumps(known | {args.part: row}, indent=1) + "\n")
+    name = args.part if args.batch == BATCH else f"{args.part}, {args.batch} samples a rank"
+    args.out.write_text(json.dumps(known | {name: row}, indent=1) + "\n")
     print(json.dumps(row, indent=1))
 
 

@@ -160,7 +160,9 @@ def test_the_command_restarts_and_says_one_thing(tmp_path: Path, job_of: Callabl
         sys.executable, "-m", "wherry", "train", str(model), "--data", job_of(model, "x")["data"], "--steps", "400",
         "--length", "32", "--ranks", "2", "--save-every", "20", "--batch", "4",
     ]  # fmt: skip
-    running = subprocess.Popen([*line, "-o", str(tmp_path / "out"), "--max-restarts", "1"], stderr=subprocess.PIPE)
+    said = tmp_path / "said.txt"
+    with open(said, "w") as file:
+        running = subprocess.Popen([*line, "-o", str(tmp_path / "out"), "--max-restarts", "1"], stderr=file)
     deadline = time.monotonic() + 300
     while not list(tmp_path.glob(".out.partial*/checkpoints/update-*/.metadata")):
         assert running.poll() is None
@@ -168,7 +170,7 @@ def test_the_command_restarts_and_says_one_thing(tmp_path: Path, job_of: Callabl
         time.sleep(0.2)
     ranks = subprocess.run(["pgrep", "-f", "wherry.train.*", "-P", str(running.pid)], capture_output=True, text=True)
     os.kill(int(ranks.stdout.split()[0]), signal.SIGKILL)
-    assert running.wait(timeout=400) == 0, running.stderr.read()
+    assert running.wait(timeout=400) == 0, said.read_text()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert next(row for row in report["rows"] if row["what"] == "updates")["value"] == 400
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 400

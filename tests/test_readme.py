@@ -167,7 +167,7 @@ def test_table_of_schemes_and_formats(tmp_path: Path) -> None:
     graphs = {"openvino", "ort", "onnx_half"}  # they take graph models alone, as the page says
     floats = {"safetensors", "compact"}  # what a recipe without codes ends as; a file of files
     assert set(formats) | graphs | floats == set(names("formats"))
-    checkpoint = Checkpoint.open(write_llama(tmp_path / "wide", hidden=256))  # k-quants want 256
+    checkpoint = Checkpoint.open(write_llama(tmp_path / "wide", hidden=256, intermediate_size=768))  # k-quants: 256s
     for scheme, cells in rows.items():
         group = "" if PRESETS[scheme].activations or PRESETS[scheme].fixed else ",group_size=32"
         recipe = Recipe.parse(f"rtn:scheme={scheme}{group}")

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_bert, write_llama
 
 import wherry
+from tests.conftest import write_bert, write_llama
 from wherry.checkpoint import Checkpoint
 from wherry.dependency.blocks import influence, merge
 from wherry.errors import BadInput, Unsupported

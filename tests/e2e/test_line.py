@@ -1,5 +1,6 @@
 """The whole line on a tiny model: compress, export, prove, serve, answer over HTTP; one set of codes everywhere."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -83,7 +84,8 @@ def test_auto_takes_the_fastest_and_a_slower_one_flips_it(delivered: Path, monke
     session, artifact, report = choose.open_session(delivered, "auto", threads=1)
     session.close()
     runs = {row.where: row.value for row in report.select("quick run")}
-    assert len(runs) == 3
+    built = importlib.util.find_spec("wherry_native") is not None  # it runs two of the three formats
+    assert len(runs) == (5 if built else 3)
     fastest = min(runs, key=lambda where: runs[where] or 0)
     assert fastest.startswith(artifact.format)
     real = choose.quick

@@ -70,9 +70,10 @@ def architecture(config: dict) -> str:
         raise Unsupported(
             f"{name} is not exported to ONNX; these are: {known}.\nWrite GGUF or compressed-tensors instead."
         )
-    if config.get("vocab_size") in (config.get("intermediate_size"), config.get("hidden_size")):
+    tokens = config.get("vocab_size")
+    if tokens is not None and tokens in (config.get("intermediate_size"), config.get("hidden_size")):
         raise Unsupported(
-            f"{name} has as many tokens as a layer has outputs, {config['vocab_size']}: the builder of the graph would "
+            f"{name} has as many tokens as a layer has outputs, {tokens}: the builder of the graph would "
             "take that layer for the head.\nWrite GGUF or compressed-tensors instead."
         )
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None

@@ -35,6 +35,14 @@ def stopped(at: int, number: int = signal.SIGTERM) -> loop.Progress:
     return progress
 
 
+@pytest.fixture(autouse=True)
+def _outlived() -> Iterator[None]:
+    """A signal that the run does not heed fails a test; it does not end all of them."""
+    old = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    yield
+    signal.signal(signal.SIGTERM, old)
+
+
 def test_sigterm_saves_and_the_same_call_goes_on(tiny_llama: Path, tmp_path: Path, job_of: Callable) -> None:
     whole = loop.run(job(tiny_llama, tmp_path / "whole", job_of))
     wanted = job(tiny_llama, tmp_path / "cut", job_of, save_every=0)

@@ -12,32 +12,20 @@ The environment: python3.11 -m venv PEER; PEER/bin/pip install torch==2.13.0; PE
 """
 
 import argparse
-import contextlib
-import importlib.metadata
-import json
-import shlex
 import shutil
-import sys
-import time
-from pathlib import Path
 
+import driver
 import numpy as np
 import torch
 from auto_round import AutoRound
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: TID253
 
 
-def arguments(words: list[str]) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--tokens", type=Path, required=True, help="npy of ids [windows, length]")
-    parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--method", choices=("rounding",), required=True)
-    parser.add_argument("--scheme", required=True, help="W4A16, W4A16_ASYM, W3A16, ...")
-    parser.add_argument("--group-size", type=int, required=True)
-    parser.add_argument("--iters", type=int, default=200)
-    return parser.parse_args(words)
+    made = driver.options(__doc__, ("rounding",))
+    made.add_argument("--iters", type=int, default=200)
+    return made
 
 
 def compress(a: argparse.Namespace) -> dict[str, object]:
@@ -45,39 +33,22 @@ def compress(a: argparse.Namespace) -> dict[str, object]:
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
     ids = torch.from_numpy(np.load(a.tokens))
     batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
-    start, cpu = time.perf_counter(), time.process_time()
-    with contextlib.redirect_stdout(sys.stderr):
-        peer = AutoRound(
-            model, AutoTokenizer.from_pretrained(a.model), bits=int(a.scheme[1]), group_size=a.group_size,
-            sym=not a.scheme.endswith("_ASYM"), dataset=batches, iters=a.iters, nsamples=len(ids), seqlen=ids.shape[1],
-            batch_size=8, amp=False, device_map="cpu",
-        )  # fmt: skip
-        done, _ = peer.quantize()
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-    every = sum({p.data_ptr(): p.numel() for p in done.parameters()}.values())
+    clock = driver.Clock()
+    peer = AutoRound(
+        model, AutoTokenizer.from_pretrained(a.model), bits=int(a.scheme[1]), group_size=a.group_size,
+        sym=not a.scheme.endswith("_ASYM"), dataset=batches, iters=a.iters, nsamples=len(ids), seqlen=ids.shape[1],
+        batch_size=8, amp=False, device_map="cpu",
+    )  # fmt: skip
+    done, _ = peer.quantize()
+    took = clock.read()
+    parameters = driver.count(done)
     done.to(torch.float16).save_pretrained(a.out)
     own = a.out.with_name(f"{a.out.name}-own")
-    with contextlib.redirect_stdout(sys.stderr):
-        peer.save_quantized(str(own), format="auto_round", inplace=True)
-    size = sum(file.stat().st_size for file in own.rglob("*.safetensors"))
+    peer.save_quantized(str(own), format="auto_round", inplace=True)
+    files = sum(file.stat().st_size for file in own.rglob("*.safetensors"))
     shutil.rmtree(own)
-    return {
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(cpu_seconds, 1),
-        "bytes": size,
-        "bits": size * 8 / every,
-        "versions": [f"{name}=={importlib.metadata.version(name)}" for name in ("auto-round", "torch", "transformers")],
-    }
-
-
-def main() -> None:
-    """One run, or one for each line of stdin."""
-    if sys.argv[1:] != ["--serve"]:
-        print(json.dumps(compress(arguments(sys.argv[1:]))))
-        return
-    for line in sys.stdin:
-        print(json.dumps(compress(arguments(shlex.split(line)))), flush=True)
+    return took | driver.size(files, parameters) | driver.versions("auto-round", "torch", "transformers")
 
 
 if __name__ == "__main__":
-    main()
+    driver.main(compress, parser())

@@ -12,37 +12,25 @@ It compiles its packer with g++ at the first save, and wants two workers, which 
 """
 
 import argparse
-import contextlib
-import importlib.metadata
-import json
 import os
-import shlex
 import shutil
-import sys
-import time
-from pathlib import Path
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
+import driver
 import numpy as np
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
 from transformers import AutoModelForCausalLM  # noqa: TID253
 
 
-def arguments(words: list[str]) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--tokens", type=Path, required=True, help="npy of ids [windows, length]")
-    parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--method", choices=("gptq", "gptaq"), required=True)
-    parser.add_argument("--scheme", required=True, help="W4A16, W4A16_ASYM, W3A16, ...")
-    parser.add_argument("--group-size", type=int, required=True)
-    parser.add_argument("--mse", type=float, default=0.0, help="power of the error in its search of ranges; 0: none")
-    parser.add_argument("--desc-act", default="false", help="true: columns by falling activation, with a g_idx")
-    parser.add_argument("--damp", type=float, default=None)
-    return parser.parse_args(words)
+    made = driver.options(__doc__, ("gptq", "gptaq"))
+    made.add_argument("--mse", type=float, default=0.0, help="power of the error in its search of ranges; 0: none")
+    made.add_argument("--desc-act", default="false", help="true: columns by falling activation, with a g_idx")
+    made.add_argument("--damp", type=float, default=None)
+    return made
 
 
 def compress(a: argparse.Namespace) -> dict[str, object]:
@@ -59,9 +47,9 @@ def compress(a: argparse.Namespace) -> dict[str, object]:
     peer = GPTQModel.load(str(a.model), config, device="cpu", dtype=torch.float32)
     ids = torch.from_numpy(np.load(a.tokens))
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
-    start, cpu = time.perf_counter(), time.process_time()
+    clock = driver.Clock()
     peer.quantize(rows, batch_size=4)
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+    took = clock.read()
     plain = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
     for name, layer in peer.model.named_modules():
         if hasattr(layer, "dequantize_weight"):
@@ -69,27 +57,11 @@ def compress(a: argparse.Namespace) -> dict[str, object]:
                 plain.get_submodule(name).weight.copy_(layer.dequantize_weight().T)
     own = a.out.with_name(f"{a.out.name}-own")
     peer.save(str(own))
-    size = sum(file.stat().st_size for file in own.glob("*.safetensors"))
+    files = sum(file.stat().st_size for file in own.glob("*.safetensors"))
     shutil.rmtree(own)
-    parameters = sum({p.data_ptr(): p.numel() for p in plain.parameters()}.values())
     plain.to(torch.float16).save_pretrained(a.out)
-    return {
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(cpu_seconds, 1),
-        "bytes": size,
-        "bits": size * 8 / parameters,
-        "versions": [f"{name}=={importlib.metadata.version(name)}" for name in ("gptqmodel", "torch", "transformers")],
-    }
-
-
-def main() -> None:
-    """One run, or one for each line of stdin. What the peer prints goes to stderr."""
-    lines = sys.stdin if sys.argv[1:] == ["--serve"] else [shlex.join(sys.argv[1:])]
-    for line in lines:
-        with contextlib.redirect_stdout(sys.stderr):
-            took = compress(arguments(shlex.split(line)))
-        print(json.dumps(took), flush=True)
+    return took | driver.size(files, driver.count(plain)) | driver.versions("gptqmodel", "torch", "transformers")
 
 
 if __name__ == "__main__":
-    main()
+    driver.main(compress, parser())

@@ -12,31 +12,19 @@ The environment: python3.11 -m venv PEER; PEER/bin/pip install torch==2.13.0; PE
 """
 
 import argparse
-import contextlib
-import importlib.metadata
-import json
-import shlex
-import sys
-import time
-from pathlib import Path
 
+import driver
 import torch
 from hqq.core.quantize import Quantizer
 from safetensors.torch import save
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: TID253
 
 
-def arguments(words: list[str]) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--tokens", type=Path, help="not looked at")
-    parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--method", choices=("hqq",), required=True)
-    parser.add_argument("--scheme", required=True, help="W4A16_ASYM, W3A16_ASYM, W2A16_ASYM")
-    parser.add_argument("--group-size", type=int, required=True)
-    parser.add_argument("--axis", type=int, default=1, choices=(0, 1))
-    return parser.parse_args(words)
+    made = driver.options(__doc__, ("hqq",))
+    made.add_argument("--axis", type=int, default=1, choices=(0, 1))
+    return made
 
 
 def compress(a: argparse.Namespace) -> dict[str, object]:
@@ -44,8 +32,7 @@ def compress(a: argparse.Namespace) -> dict[str, object]:
     causal = any("CausalLM" in name for name in AutoConfig.from_pretrained(a.model).architectures or [])
     model = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(a.model, dtype=torch.float32)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layer" in n}
-    every = sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())
-    start, cpu = time.perf_counter(), time.process_time()
+    clock = driver.Clock()
     held = {n: p.detach().half() for n, p in model.named_parameters() if n.removesuffix(".weight") not in layers}
     with torch.no_grad():
         for place, layer in layers.items():
@@ -58,27 +45,12 @@ def compress(a: argparse.Namespace) -> dict[str, object]:
                 meta[name] = meta[name].half().float()
             held[f"{place}.codes"] = code.clone()
             layer.weight.data = Quantizer.dequantize(code, meta).reshape(layer.weight.shape).float()
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-    size = len(save(held))
+    took = clock.read()
+    took |= driver.size(len(save(held)), driver.count(model)) | driver.versions("hqq", "torch", "transformers")
     model.to(torch.float16).save_pretrained(a.out)
     AutoTokenizer.from_pretrained(a.model).save_pretrained(a.out)
-    return {
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(cpu_seconds, 1),
-        "bytes": size,
-        "bits": size * 8 / every,
-        "versions": [f"{name}=={importlib.metadata.version(name)}" for name in ("hqq", "torch", "transformers")],
-    }
-
-
-def main() -> None:
-    """One run, or one for each line of stdin. What the peer prints goes to stderr."""
-    lines = sys.stdin if sys.argv[1:] == ["--serve"] else [shlex.join(sys.argv[1:])]
-    for line in lines:
-        with contextlib.redirect_stdout(sys.stderr):
-            took = compress(arguments(shlex.split(line)))
-        print(json.dumps(took), flush=True)
+    return took
 
 
 if __name__ == "__main__":
-    main()
+    driver.main(compress, parser())

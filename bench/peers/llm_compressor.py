@@ -16,14 +16,10 @@ The environment (torch first, then the peer with a constraints file that holds t
 """
 
 import argparse
-import importlib.metadata
-import json
 import resource
-import shlex
-import sys
-import time
 from pathlib import Path
 
+import driver
 import numpy as np
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -36,22 +32,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM  # noqa: TID253
 
 
-def arguments(words: list[str]) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--tokens", type=Path, help="npy of ids [windows, length]; needed by gptq")
-    parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--method", choices=("rtn", "gptq", "wanda", "sparsegpt"), required=True)
-    parser.add_argument("--scheme", help="W4A16, W4A16_ASYM, W3A16, ...")
-    parser.add_argument("--group-size", type=int)
-    parser.add_argument("--sparsity", type=float, default=0.5, help="of wanda and sparsegpt")
-    parser.add_argument("--pattern", default="", help="2:4, in their place")
-    parser.add_argument("--actorder", default="static", help="static, or none")
-    parser.add_argument("--damp", type=float, default=0.01)
-    parser.add_argument("--observer", default="memoryless_minmax", help="or memoryless_mse, imatrix_mse")
-    parser.add_argument("--targets", default="", help="sequential targets, comma separated; default: the decoder layer")
-    return parser.parse_args(words)
+    made = driver.options(__doc__, ("rtn", "gptq", "wanda", "sparsegpt"))
+    made.add_argument("--sparsity", type=float, default=0.5, help="of wanda and sparsegpt")
+    made.add_argument("--pattern", default="", help="2:4, in their place")
+    made.add_argument("--actorder", default="static", help="static, or none")
+    made.add_argument("--damp", type=float, default=0.01)
+    made.add_argument("--observer", default="memoryless_minmax", help="or memoryless_mse, imatrix_mse")
+    made.add_argument("--targets", default="", help="sequential targets, comma separated; default: the decoder layer")
+    return made
 
 
 def compress(a: argparse.Namespace) -> dict[str, object]:
@@ -64,7 +54,7 @@ def compress(a: argparse.Namespace) -> dict[str, object]:
     )  # fmt: skip
     groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
-    start, cpu = time.perf_counter(), time.process_time()
+    clock = driver.Clock()
     if a.method == "rtn":
         oneshot(model=model, recipe=QuantizationModifier(config_groups=groups, ignore=["lm_head"]))
     else:
@@ -76,7 +66,7 @@ def compress(a: argparse.Namespace) -> dict[str, object]:
             shuffle_calibration_samples=False, sequential_targets=a.targets.split(",") if a.targets else None,
             recipe=GPTQModifier(config_groups=groups, ignore=["lm_head"], dampening_frac=a.damp, actorder=order),
         )  # fmt: skip
-    return finish(model, a, start, cpu)
+    return finish(model, a, clock)
 
 
 def prune(a: argparse.Namespace) -> dict[str, object]:
@@ -89,27 +79,21 @@ def prune(a: argparse.Namespace) -> dict[str, object]:
     left = ["re:.*lm_head"]  # a plain "lm_head" is not recognised by these modifiers: a tied embedding would be pruned
     step = kind(sparsity=a.sparsity, mask_structure=a.pattern or "0:0", targets=["Linear"], ignore=left, **knobs)
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
-    start, cpu = time.perf_counter(), time.process_time()
+    clock = driver.Clock()
     ids = np.load(a.tokens)
     rows = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": np.ones_like(ids).tolist()})
     oneshot(model=model, dataset=rows, num_calibration_samples=len(ids), max_seq_length=ids.shape[1],
             shuffle_calibration_samples=False, recipe=step)  # fmt: skip
-    return finish(model, a, start, cpu)
+    return finish(model, a, clock)
 
 
-def finish(model: torch.nn.Module, a: argparse.Namespace, start: float, cpu: float) -> dict[str, object]:
-    """Save; the JSON line of what it took since `start` (wall) and `cpu` (seconds)."""
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+def finish(model: torch.nn.Module, a: argparse.Namespace, clock: driver.Clock) -> dict[str, object]:
+    """Save; the JSON line of what it took since `clock` was made."""
+    took = clock.read()
     model.save_pretrained(a.out, save_compressed=True)
     halve(a.out)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    names = ("llmcompressor", "torch", "transformers", "compressed-tensors")
-    return {
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(cpu_seconds, 1),
-        "peak_bytes": peak,
-        "versions": [f"{name}=={importlib.metadata.version(name)}" for name in names],
-    }
+    took["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return took | driver.versions("llmcompressor", "torch", "transformers", "compressed-tensors")
 
 
 def halve(folder: Path) -> None:
@@ -119,15 +103,6 @@ def halve(folder: Path) -> None:
         save_file(tensors, file, metadata={"format": "pt"})
 
 
-def main() -> None:
-    """One run, or one for each line of stdin."""
-    logger.remove()
-    if sys.argv[1:] != ["--serve"]:
-        print(json.dumps(compress(arguments(sys.argv[1:]))))
-        return
-    for line in sys.stdin:
-        print(json.dumps(compress(arguments(shlex.split(line)))), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    logger.remove()
+    driver.main(compress, parser())

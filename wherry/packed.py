@@ -184,6 +184,11 @@ def decode(artifact: Artifact) -> Iterator[tuple[str, Any]]:
         yield name, checkpoint.weight(name).numpy()
 
 
+def command(artifact: Artifact) -> list[str]:
+    """Copy-paste lines that load the result."""
+    return [f"vllm serve {artifact.path}", f"wherry serve {artifact.path}"]
+
+
 def grain(scheme: Scheme) -> int:
     """group_size as these files say it: -1 for one scale per row."""
     return -1 if isinstance(scheme.grain, Row) else scheme.group_size or -1

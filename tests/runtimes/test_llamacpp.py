@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tests.conftest import write_llama
 from tests.formats.test_gguf import coded, save
+from tests.runtimes.conftest import TOKENS, divergence, log_softmax, reference, write_family
 from wherry import deliver, errors
 from wherry.artifact import Artifact
 from wherry.checkpoint import Checkpoint
@@ -22,82 +22,12 @@ from wherry.recipe import Recipe
 from wherry.runtimes import llamacpp
 from wherry.session import Sampling, Session
 
-TOKENS = np.random.default_rng(0).integers(3, 512, 150).tolist()
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def artifact(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """The tiny Llama with grouped-query attention, in float32."""
-    return save(Checkpoint.open(tiny_llama), tmp_path_factory.mktemp("gguf") / "out")
-
 
 @pytest.fixture(scope="module")
 def session(artifact: Artifact) -> Any:
     made = llamacpp.load(artifact, threads=1)
     yield made
     made.close()
-
-
-def reference(checkpoint: Checkpoint, tokens: list[int]) -> np.ndarray:
-    """Log-probabilities [T-1, vocabulary] of transformers, float64."""
-    with torch.no_grad():
-        logits = checkpoint.module()(torch.tensor([tokens])).logits[0, :-1].double()
-    return torch.log_softmax(logits, -1).numpy()
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    x = logits.astype(np.float64)
-    x -= x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-
-def divergence(p: np.ndarray, q: np.ndarray) -> float:
-    """Mean KL(p || q) in nats per token."""
-    return float((np.exp(p) * (p - q)).sum(-1).mean())
-
-
-def write_model(folder: Path, tiny_llama: Path, kind: str) -> Path:
-    """A tiny model of another architecture of the family, with the tiny Llama's tokenizer."""
-    import transformers as t
-
-    common = {
-        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True,
-        "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    llama3 = {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 10000.0,
-        "original_max_position_embeddings": 64,
-    }  # fmt: skip
-    linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
-    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
-    torch.manual_seed(1)
-    models = {
-        "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**common, sliding_window=None)),
-        "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**common)),
-        "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**common, head_dim=32)),
-        "llama-wide-heads": lambda: t.LlamaForCausalLM(t.LlamaConfig(**common, head_dim=32)),
-        "llama-biases": lambda: t.LlamaForCausalLM(t.LlamaConfig(**common, attention_bias=True)),
-        "llama3-rope": lambda: t.LlamaForCausalLM(t.LlamaConfig(**common, rope_parameters=llama3)),
-        "linear-rope": lambda: t.LlamaForCausalLM(t.LlamaConfig(**common, rope_parameters=linear)),
-        "yarn-rope": lambda: t.LlamaForCausalLM(t.LlamaConfig(**common, rope_parameters=yarn)),
-    }
-    model = models[kind]()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4)
-            elif "bias" in name or "_norm" in name:
-                parameter.add_(torch.randn_like(parameter) / 2)
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((tiny_llama / name).read_bytes())
-    return folder
 
 
 # ---- the same model
@@ -117,10 +47,11 @@ def test_float_logits_are_those_of_transformers(artifact: Artifact, session: Ses
 
 
 @pytest.mark.parametrize(
-    "kind", ["mistral", "qwen2", "qwen3", "llama-wide-heads", "llama-biases", "llama3-rope", "linear-rope", "yarn-rope"]
+    "kind",
+    ["mistral", "qwen2", "qwen3", "llama-head-32", "llama-biases-attention", "llama3-rope", "linear-rope", "yarn-rope"],
 )
-def test_the_family(kind: str, tiny_llama: Path, tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(write_model(tmp_path / kind, tiny_llama, kind))
+def test_the_family(kind: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(write_family(tmp_path / kind, kind))
     made = llamacpp.load(save(checkpoint, tmp_path / "out"), threads=1)
     kl = divergence(reference(checkpoint, TOKENS), log_softmax(made.score(TOKENS).logits))
     made.close()

@@ -7,7 +7,7 @@ w = scale * (code - zero); symmetric codes have the zero 8.
 Source: AutoAWQ 0.2.9, awq/modules/linear/gemm.py.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from wherry.artifact import Artifact
 from wherry.checkpoint import Checkpoint
 from wherry.errors import Unsupported
 from wherry.ops.pack import pack, unpack
+from wherry.packed import command, decode
 from wherry.recipe import Plan, Progress
 from wherry.report import read_object
 from wherry.scheme import QTensor, Scheme
@@ -77,11 +78,4 @@ def load(path: Path) -> Checkpoint:
     return packed.load(LAYOUT, path, config, scheme)
 
 
-def decode(artifact: Artifact) -> Iterator[tuple[str, Any]]:
-    """Every weight in float32, one at a time."""
-    return packed.decode(artifact)
-
-
-def command(artifact: Artifact) -> list[str]:
-    """Copy-paste lines that load the result."""
-    return [f"vllm serve {artifact.path}", f"wherry serve {artifact.path}"]
+__all__ = ["LAYOUT", "check", "command", "decode", "load", "save"]

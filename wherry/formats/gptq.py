@@ -8,7 +8,7 @@ zero of 0 would be -1, which readers take for 16 or for 0.
 Source: AutoGPTQ 0.7 qlinear_cuda.py; GPTQModel for gptq_v2. 2, 4 and 8 bits; 3 bits straddle words there.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from wherry.artifact import Artifact
 from wherry.checkpoint import Checkpoint
 from wherry.errors import Unsupported
 from wherry.ops.pack import pack, unpack
+from wherry.packed import command, decode
 from wherry.recipe import Plan, Progress
 from wherry.report import read_object
 from wherry.scheme import QTensor, Scheme
@@ -83,11 +84,4 @@ def load(path: Path) -> Checkpoint:
     return packed.load(LAYOUT, path, config, scheme)
 
 
-def decode(artifact: Artifact) -> Iterator[tuple[str, Any]]:
-    """Every weight in float32, one at a time."""
-    return packed.decode(artifact)
-
-
-def command(artifact: Artifact) -> list[str]:
-    """Copy-paste lines that load the result."""
-    return [f"vllm serve {artifact.path}", f"wherry serve {artifact.path}"]
+__all__ = ["LAYOUT", "check", "command", "decode", "load", "save"]

@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+BATCH = 4096  # tokens of one forward pass
+PARTS = 96  # figures for pairing that a row keeps, each a mean over neighbouring windows
+
 
 @dataclass(frozen=True)
 class Float:
@@ -42,7 +45,8 @@ def load(folder: Path) -> torch.nn.Module:
 @torch.inference_mode()
 def hidden(model: torch.nn.Module, ids: np.ndarray) -> torch.Tensor:
     """Last hidden states [windows, length - 1, width] of token windows [windows, length]."""
-    return torch.cat([model.base_model(torch.from_numpy(row[None, :-1])).last_hidden_state for row in ids])
+    parts = np.array_split(ids, -(-ids.size // BATCH))
+    return torch.cat([model.base_model(torch.from_numpy(rows[:, :-1])).last_hidden_state for rows in parts])
 
 
 def reference(folder: Path, ids: np.ndarray) -> Float:
@@ -57,15 +61,16 @@ def reference(folder: Path, ids: np.ndarray) -> Float:
 
 @torch.inference_mode()
 def compare(folder: Path, ids: np.ndarray, float_: Float) -> dict[str, object]:
-    """Perplexity, KL(float || model) in nats per token, top-1 agreement, bits; per window too, for pairing.
+    """Perplexity, KL(float || model) in nats per token, top-1 agreement, bits; in parts too, for pairing.
 
     ppl_ratio_ci and kl_ci are half-widths of 95% intervals over windows (normal, paired with the float model).
     """
     model = load(folder)
     head = model.get_output_embeddings().weight.detach()
     nll, kl, top = [], [], []
+    states = hidden(model, ids)
     for i, row in enumerate(ids):
-        logits = hidden(model, row[None])[0] @ head.T
+        logits = states[i] @ head.T
         ours, original = logits.log_softmax(-1), (float_.hidden[i] @ float_.head.T).log_softmax(-1)
         nll.append(float(torch.nn.functional.nll_loss(ours, torch.from_numpy(row[1:]))))
         kl.append(float((original.exp() * (original - ours)).sum(-1).mean()))
@@ -81,8 +86,15 @@ def compare(folder: Path, ids: np.ndarray, float_: Float) -> dict[str, object]:
         "top1": float(np.mean(top)),
         "bytes": size,
         "bits": size * 8 / float_.parameters,
-        "nll": [round(value, 5) for value in nll],
+        "nll": parts(np.array(nll)),
+        "float_nll": parts(float_.nll),
+        "kls": parts(np.array(kl)),
     }
+
+
+def parts(values: np.ndarray) -> list[float]:
+    """Means of at most PARTS runs of neighbouring windows, for pairing with another row of the same windows."""
+    return [round(float(part.mean()), 6) for part in np.array_split(values, min(PARTS, len(values)))]
 
 
 def interval(values: np.ndarray) -> float:

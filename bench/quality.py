@@ -4,9 +4,10 @@
     python bench/quality.py --table
 
 Every row is cached in bench/results/quality.json with its date and a hash of its inputs (weights, calibration ids,
-evaluation ids, options) and is measured again only with --refresh or when that hash has changed. Models and data:
-bench/reference.py (WHERRY_DATA must be set). The ruler: bench/measure.py. How to build the peer's environment:
-bench/peers/*.py; without --peer-python its cached rows are used and the pip lines are printed.
+evaluation ids, options) and is measured again only with --refresh or when that hash has changed; a star in the table
+marks rows of ours made by other code than what is here. Models and data: bench/reference.py (WHERRY_DATA must be set).
+The ruler: bench/measure.py, on the judging windows (the source that calibrated) and on a foreign source. How to build
+the peer's environment: bench/peers/*.py; without --peer-python its cached rows are used and the pip lines are printed.
 """
 
 import argparse
@@ -28,13 +29,14 @@ from typing import Any
 
 import encoder
 import numpy as np
-from reference import MODELS, fingerprint, prepare, windows
+from reference import MODELS, fingerprint, foreign, judging, prepare, windows
 from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "quality.json"
 CODE = ("ops/grid.py", "ops/solve.py", "ops/latent.py", "engine/walk.py", "engine/stream.py", "engine/tune.py")
+PARTS = {"best": ("gptaq", "rounding", "tune")}  # methods whose code is that of others
 DRIVERS = {  # below bench/peers
     "llm-compressor": "llm_compressor.py", "auto-round": "autoround.py", "gptqmodel": "gptqmodel_gptq.py",
     "hqq": "hqq_free.py",
@@ -125,8 +127,9 @@ def run(name: str, schemes: list[str], size: int, entries: list[Entry], seeds: r
     """Measure one model's missing rows, one after the other, saving after each."""
     a.cache.mkdir(parents=True, exist_ok=True)
     folder, float_, peer = prepare(name, a.cache), None, Peer(a.peer_python)
+    evaluation = judging(name, folder)
     for seed in seeds:
-        calibration, evaluation = windows(name, folder, seed)
+        calibration = windows(name, folder, seed)[0]
         for scheme in schemes:
             for entry in entries:
                 if entry.tool == "llama.cpp" and "_K" not in scheme:
@@ -141,13 +144,13 @@ def run(name: str, schemes: list[str], size: int, entries: list[Entry], seeds: r
                 if not a.refresh and any(matches(row, key) and row["inputs"] == digest for row in rows()):
                     continue
                 if float_ is None:
-                    float_ = reference(name, folder, evaluation)
+                    float_ = Ruler(name, folder, evaluation)
                 out = a.cache / f"out-{os.getpid()}"
                 np.save(out.with_suffix(".npy"), calibration)
                 job = (entry, folder, out, scheme, size, out.with_suffix(".npy"))
                 tool = {"wherry": wherry, "llama.cpp": llama_cpp}.get(entry.tool, peer.compress)
                 took = tool(*job)
-                row = key | compare(name, out, evaluation, float_) | took
+                row = key | float_.compare(out) | took
                 row |= {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "inputs": digest}
                 row |= {"threads": os.environ.get("OMP_NUM_THREADS", "all")}
                 row |= {"windows": list(calibration.shape), "evaluated": list(evaluation.shape)}
@@ -159,23 +162,30 @@ def run(name: str, schemes: list[str], size: int, entries: list[Entry], seeds: r
                 )
 
 
-def reference(name: str, folder: Path, evaluation: np.ndarray) -> Any:
-    """The float model's side of every comparison."""
-    import measure
+class Ruler:
+    """The float model's side of every comparison, on the judging windows and on a foreign text."""
 
-    if name == "minilm":
-        return encoder.embed(encoder.load(folder), folder)
-    return measure.reference(folder, evaluation)
+    def __init__(self, name: str, folder: Path, evaluation: np.ndarray) -> None:
+        import measure
 
+        self.name = name
+        if name == "minilm":
+            self.embedded = encoder.embed(encoder.load(folder), folder)
+            return
+        self.windows = {"": evaluation, "foreign_": foreign(name, folder)}
+        self.float = {what: measure.reference(folder, ids) for what, ids in self.windows.items()}
 
-def compare(name: str, out: Path, evaluation: np.ndarray, float_: Any) -> Row:
-    """What the ruler of the model says of a result."""
-    import measure
+    def compare(self, out: Path) -> Row:
+        """What the ruler of the model says of a result."""
+        import measure
 
-    if name == "minilm":
-        size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-        return encoder.compare(encoder.load(out), out, float_, size)
-    return measure.compare(out, evaluation, float_)
+        if self.name == "minilm":
+            size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+            return encoder.compare(encoder.load(out), out, self.embedded, size)
+        row = measure.compare(out, self.windows[""], self.float[""])
+        other = measure.compare(out, self.windows["foreign_"], self.float["foreign_"])
+        names = ("perplexity", "float_perplexity", "kl", "kl_ci", "top1")
+        return row | {f"foreign_{name}": other[name] for name in names}
 
 
 def wherry(entry: Entry, folder: Path, out: Path, scheme: str, size: int, tokens: Path) -> Row:
@@ -198,8 +208,14 @@ def wherry(entry: Entry, folder: Path, out: Path, scheme: str, size: int, tokens
     deliver.deliver(plan, out, (), batches, {"data": str(tokens)}, lambda result: None, api.quiet)
     took = {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
     names = ("wherry", "torch", "transformers", "compressed-tensors")
-    code = fingerprint(*(HERE.parent / "wherry" / file for file in CODE))
-    return took | {"versions": [f"{name}=={importlib.metadata.version(name)}" for name in names], "code": code}
+    return took | {"versions": [f"{name}=={importlib.metadata.version(name)}" for name in names], "code": code(entry)}
+
+
+def code(entry: Entry) -> str:
+    """Hash of the files of ours that make a row."""
+    methods = [part.split(":")[0] for part in entry.method.split("+")]
+    files = [*CODE, *(f"quant/{part}.py" for name in methods for part in (name, *PARTS.get(name, ())))]
+    return fingerprint(*(HERE.parent / "wherry" / file for file in files))
 
 
 def llama_cpp(entry: Entry, folder: Path, out: Path, scheme: str, size: int, tokens: Path) -> Row:
@@ -267,28 +283,55 @@ def groups(found: list[Row]) -> Iterator[tuple[tuple[str, str, int], dict[Entry,
 def show(found: list[Row]) -> None:
     """The table: medians over seeds; ratios to the peer's best of the same method, over the seeds that both have."""
     table = Table(box=None, pad_edge=False, collapse_padding=True)
-    for title in ("", "seeds", "bits", "perplexity", "KL", "ratio", "spread", "KL ratio"):
+    for title in ("", "seeds", "bits", "perplexity", "KL", "foreign", "ratio", "95%", "spread", "KL ratio"):
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
     for (model, scheme, size), by in groups([row for row in found if "kl" in row]):
-        float_ = next(iter(by.values()))[0]["float_perplexity"]
-        table.add_row(f"[bold]{model} {scheme} g{size}[/bold]", "", "16", f"{float_:.3f}", "0")
+        every = [run for runs in by.values() for run in runs]
+        float_ = max(every, key=lambda run: run["evaluated"])["float_perplexity"]
+        table.add_row(f"[bold]{model} {scheme} g{size}[/bold]", "", "16", f"{float_:.3f}", "0", "0")
         for entry, runs in sorted(by.items(), key=lambda item: (item[0].method, item[0].tool, item[0].options)):
             bits, perplexity, kl = (statistics.median(run[k] for run in runs) for k in ("bits", "perplexity", "kl"))
+            far = [run["foreign_kl"] for run in runs if "foreign_kl" in run]
             figures = [str(len(runs)), f"{bits:.3f}", f"{perplexity:.3f}", f"{kl:.4f}"]
-            peer = best(by, entry.method)
+            figures.append(f"{statistics.median(far):.4f}" if far else "")
+            same = {e: [run for run in each if same_windows(run, runs[0])] for e, each in by.items()}
+            peer = best(same, entry.method)
             if entry.tool == "wherry" and {run["seed"] for run in runs} & {run["seed"] for run in peer}:
                 more, kls = ratios(runs, peer, increase), ratios(runs, peer, lambda run: run["kl"])
                 spread = f"{min(more):.3f}-{max(more):.3f}" if len(more) > 1 else ""
-                figures += [f"{statistics.median(more):.3f}", spread, f"{statistics.median(kls):.3f}"]
-            table.add_row(f"  {entry.label.replace('observer=', '')}", *figures)
-    console = Console(width=None if sys.stdout.isatty() else 110)
+                figures += [f"{statistics.median(more):.3f}", paired(runs, peer), spread]
+                figures.append(f"{statistics.median(kls):.3f}")
+            old = entry.tool == "wherry" and any(run.get("code") != code(entry) for run in runs)
+            old = old or any(run["float_perplexity"] != float_ for run in runs)
+            table.add_row(f"  {entry.label.replace('observer=', '')}{' *' if old else ''}", *figures)
+    console = Console(width=None if sys.stdout.isatty() else 130)
     console.print(table)
     console.print(encoders([row for row in found if "distance" in row]))
     console.print(
         "ratio: perplexity above float, ours / the peer's best setting of the same method, median over\n"
-        "calibration seeds; spread: least to most. bits: file bytes * 8 / parameters, all included.\n"
-        "KL in nats per token, medians over seeds."
+        "calibration seeds; 95%: bootstrap over evaluation windows, the same draws for both; spread: least to most.\n"
+        "bits: file bytes * 8 / parameters, all included. KL in nats per token, medians over seeds; foreign: KL on\n"
+        "Shakespeare, of which no calibration window is. *: made by other code than what is here, or judged on fewer\n"
+        "windows."
     )
+
+
+def same_windows(row: Row, other: Row) -> bool:
+    """Whether two rows were judged on the same windows."""
+    return bool(row["evaluated"] == other["evaluated"] and row["float_perplexity"] == other["float_perplexity"])
+
+
+def paired(ours: list[Row], theirs: list[Row], draws: int = 2000) -> str:
+    """95% interval of the median ratio of perplexity increases, windows drawn again and the same for both."""
+    by_seed = {row["seed"]: row for row in theirs}
+    pairs = [(row, by_seed[row["seed"]]) for row in ours if row["seed"] in by_seed]
+    lists = [[np.array(row.get(k, [])) for row in pair for k in ("nll", "float_nll")] for pair in pairs]
+    if len({len(values) for four in lists for values in four}) != 1 or not len(lists[0][1]):
+        return ""  # a row of before parts were kept
+    drawn = np.random.default_rng(0).integers(0, len(lists[0][0]), (draws, len(lists[0][0])))
+    means = [[np.exp(values[drawn].mean(1)) for values in four] for four in lists]
+    found = np.median([(a - f) / (b - g) for a, f, b, g in means], axis=0)
+    return "{:.3f}-{:.3f}".format(*np.quantile(found, (0.025, 0.975)))
 
 
 def encoders(found: list[Row]) -> Table:
@@ -310,7 +353,7 @@ def encoders(found: list[Row]) -> Table:
 
 def best(by: dict[Entry, list[Row]], method: str) -> list[Row]:
     """The peer's runs of a method with the most seeds, then the lowest median perplexity: its best setting."""
-    peers = [runs for entry, runs in by.items() if entry.tool != "wherry" and entry.method == method]
+    peers = [runs for entry, runs in by.items() if runs and entry.tool != "wherry" and entry.method == method]
     return min(peers, key=lambda runs: (-len(runs), statistics.median(r["perplexity"] for r in runs)), default=[])
 
 

@@ -10,8 +10,9 @@
 
 A reference is an fp16 folder that everyone computes in float32; what stays float in a result (embedding, norms) is
 then fp16 for all tools, and their files can be compared byte for byte.
-Text is cut in the middle: the first half calibrates, the second half evaluates. Data outside the repository is
-found by WHERRY_DATA only.
+Text is cut in the middle: the first half calibrates, the second half evaluates; `judging` is more of the same source
+(1152 other samples; all of Acts and letter J), `foreign` is of another source (Shakespeare). Data outside the
+repository is found by WHERRY_DATA only.
 """
 
 import copy
@@ -135,11 +136,11 @@ def build_babyllama(out: Path) -> None:
     (out / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
-def babyllama_tokens(folder: Path) -> np.ndarray:
+def babyllama_tokens(folder: Path, seed: int = 0) -> np.ndarray:
     """384 samples of 256 tokens from the model itself at temperature 1, seeded."""
     from transformers import LlamaForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     start = torch.ones(384, 1, dtype=torch.long)
     with torch.no_grad():
@@ -217,6 +218,46 @@ def windows(name: str, folder: Path, seed: int) -> tuple[np.ndarray, np.ndarray]
     drawn = np.random.default_rng(seed).choice(len(first), min(model.calibration, len(first)), replace=False)
     spread = np.linspace(0, len(second) - 1, min(model.evaluation, len(second))).round().astype(int)
     return first[drawn], second[spread]
+
+
+def judging(name: str, folder: Path) -> np.ndarray:
+    """Evaluation windows where methods are close: 3 * 384 more samples of BabyLlama, all of the decoder's two texts."""
+    if name == "decoder":
+        return halves(name, folder)[1]
+    if name != "babyllama":
+        return windows(name, folder, 0)[1]
+    file = folder / "judging.npy"
+    if not file.exists():
+        np.save(file, np.concatenate([babyllama_tokens(folder, seed) for seed in (1, 2, 3)]))
+    return np.load(file).reshape(-1, MODELS[name].length)
+
+
+def foreign(name: str, folder: Path, count: int = 48) -> np.ndarray:
+    """Windows of a source that nobody was calibrated on: Shakespeare, spread evenly over the whole text."""
+    from tokenizers import Tokenizer
+
+    text = data("tinyshakespeare.txt").read_text(encoding="utf8")
+    if name == "babyllama":  # single characters, in the order of its pieces; others are unknown (0)
+        place = {piece: i for i, piece in enumerate(pieces(data("llama2c", "tok105.model").read_bytes()))}
+        ids = [place.get("\u2581" if letter.isspace() else letter, 0) for letter in text]
+    else:
+        ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    length = MODELS[name].length
+    rows = np.array(ids[: len(ids) // length * length], dtype=np.int64).reshape(-1, length)
+    rows = rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
+    if name == "babyllama":
+        rows[:, 0] = 1  # its own texts begin so
+    return rows
+
+
+def pieces(raw: bytes) -> list[str]:
+    """The pieces of a small sentencepiece file: field 1 of its messages, each with its text as field 1."""
+    found, at = [], 0
+    while at < len(raw) and raw[at] == 0x0A:
+        size = raw[at + 1]
+        found.append(raw[at + 4 : at + 4 + raw[at + 3]].decode())
+        at += 2 + size
+    return found
 
 
 def fingerprint(*parts: Path | np.ndarray | str) -> str:

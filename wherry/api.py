@@ -8,7 +8,7 @@ from typing import Any
 
 from wherry import data, shelf
 from wherry.choose import able, artifacts, open_session
-from wherry.errors import BadInput
+from wherry.errors import BadInput, Missing
 from wherry.report import Report
 
 Progress = Callable[[int, int, str], None]
@@ -148,7 +148,7 @@ def compress(
         evaluation: data to judge on; None = the shipped text, from another source than the calibration's.
         samples, length, seed: calibration windows, their length in tokens, and how they are drawn.
         max_kl, max_ratio: how far an export may be from the original to pass: KL in nats/token and perplexity ratio.
-        device: "cpu".
+        device: where solvers compute, "cpu" or "cuda"; the model itself runs on the CPU.
         progress: called as progress(done, total, text). say: told what was chosen by default.
 
     Returns: sizes; the proof's rows and a verdict. The same rows are in out/report.json.
@@ -167,13 +167,13 @@ def compress(
             return compress(
                 graph, out, recipe, formats, data_file, evaluation, samples, length, seed, **options  # type: ignore[arg-type]
             )
-    if device != "cpu":
-        raise BadInput(f"--device {device}: this version compresses on the CPU; leave --device away")
+    _there(device)
     out = Path(out)
     judged = data.read(evaluation) if evaluation else None
     for name in formats:
         shelf.find("formats", name)
     made, batches, stamp = _prepare(model, recipe, formats, data_file, samples, length, seed, say)
+    made.device, stamp = device, stamp | ({} if device == "cpu" else {"device": device})
     report = Report(f"{made.checkpoint.name} -> {out.name}")
     full = bool(formats) or made.checkpoint.graph is not None  # a graph's result is what runs
 
@@ -184,6 +184,18 @@ def compress(
 
     deliver(made, out, formats, batches, stamp | {"judged": judged.digest if judged else None}, describe, progress)
     return report if report.rows else Report.load(out / "report.json")
+
+
+def _there(device: str) -> None:
+    """Raise BadInput for a device that solvers do not know, Missing for one that is not here."""
+    if device == "cpu":
+        return
+    if device != "cuda":
+        raise BadInput(f"--device {device} is not known; it is cpu or cuda")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise Missing("--device cuda: torch sees no CUDA device here; leave --device out to solve on the CPU")
 
 
 def export(checkpoint: str | Path, out: str | Path, format: str, progress: Progress = quiet) -> Report:

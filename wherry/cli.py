@@ -78,7 +78,7 @@ def compress(
     seed: Seed = 0,
     max_kl: MaxKl = 0.5,
     max_ratio: MaxRatio = 1.5,
-    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where solvers compute: cpu or cuda.")] = "cpu",
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:

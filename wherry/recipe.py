@@ -190,8 +190,7 @@ class Recipe:
             made = self.expect(checkpoint)
             plan = Plan(made, self, remade(self.steps, checkpoint, made, first), formats, first)
         else:
-            for step in self.steps:
-                checkpoint = step.rewrite(checkpoint) if hasattr(step, "rewrite") else checkpoint
+            checkpoint = self._rewritten(checkpoint)
             rows = [row_of(self.steps, checkpoint, *item, first) for item in roles(checkpoint)]
             plan = Plan(checkpoint, self, rows, formats, first)
             self._changes(plan)
@@ -202,6 +201,17 @@ class Recipe:
             for tensor, note in shelf.find("formats", name).check(plan).items():
                 plan.note(tensor, f"{name}: {note}")
         return plan
+
+    def _rewritten(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint as the steps that rewrite leave it. What fails without such a step too is told first."""
+        for step in self.steps:
+            try:
+                checkpoint = step.rewrite(checkpoint) if hasattr(step, "rewrite") else checkpoint
+            except Unsupported:
+                if rest := tuple(other for other in self.steps if other is not step):
+                    Recipe(rest).settle(checkpoint)
+                raise
+        return checkpoint
 
     def _changes(self, plan: "Plan") -> None:
         """Raise BadInput for a pattern that means no layer, a quantized graph, or a stage that takes nothing."""
@@ -234,7 +244,8 @@ class Plan:
     """Every tensor of a checkpoint, with what will happen to it. Made and checked before any work.
 
     first: how many steps of the whole recipe stand before those of this plan. parts: the plans of the stages, when
-    there are several; then `rows` show what all of them do, and the engine follows the parts.
+    there are several; then `rows` show what all of them do, and the engine follows the parts. device: where solvers
+    compute; everything else is done by the CPU.
     """
 
     checkpoint: Checkpoint
@@ -243,6 +254,7 @@ class Plan:
     formats: tuple[str, ...] = field(default=())
     first: int = 0
     parts: "tuple[Plan, ...]" = ()
+    device: str = "cpu"
 
     @classmethod
     def joined(cls, checkpoint: Checkpoint, recipe: Recipe, plans: "list[Plan]") -> "Plan":
@@ -321,8 +333,10 @@ class Plan:
                     for row in self.rows
                 ]
                 for row in rows:
-                    if row.scheme:
-                        row.scheme.scales_per_row(row.shape[-1])
+                    try:
+                        _ = row.scheme and row.scheme.scales_per_row(row.shape[-1])
+                    except BadInput as error:
+                        raise BadInput(f"{row.name}: {error}, as a knob of {step.method}") from error
                 found.append(Plan(self.checkpoint, self.recipe, rows))
         return found
 

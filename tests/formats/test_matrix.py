@@ -84,7 +84,10 @@ def ways(text: str, recipe: str, method: str, scheme: str, form: tuple[str, ...]
         if found != name or without:
             alone = ",group_size=32" if method == "mixed" and not size and not PRESETS[found].fixed else ""
             yield recipe_of("rtn" if without else method, found + size + alone), form
-    for size in re.findall(r"(?<!,)group_size=(-?\d+)(?: does\b| is$|$)", text):
+    for size in re.findall(r"(?<!,)group_size=(-?\d+)(?: does\b(?! not)| is$|$)", text):
+        if method == "mixed":
+            yield recipe_of(method, scheme).replace("bits=12", f"bits=12,group_size={size}"), form
+            continue
         yield recipe_of(method, f"{name},group_size={size}"), form
     for other in re.findall(r"take (\w+) or (\w+) there", text):
         yield from ((recipe_of(each, scheme), form) for each in other)

@@ -56,3 +56,20 @@ def test_without_drift_it_is_gptq() -> None:
     a, b = ours.solve(w, ours.observe(None, x, x)), plain.solve(w, plain.observe(None, x))
     assert torch.equal(a.code, b.code)
     torch.testing.assert_close(a.scale, b.scale)
+
+
+def test_signs_take_no_more_of_the_correction_than_helps() -> None:
+    """A large drift at one bit: never worse in ||Q X - W X'|| than without any correction, and it says what it took."""
+    gained = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        ref, w = inputs(600, 64, seed), torch.randn(48, 64)
+        x = 0.4 * ref + 0.9 * inputs(600, 64, seed + 50)
+        scheme, notes = Scheme.parse("W1A16,group_size=32"), []
+        ours, plain = GPTAQ(scheme=scheme), GPTAQ(scheme=scheme, alpha=0.0)
+        stat = ours.observe(None, x, ref)
+        errors = [float((m.solve(w, stat, notes).decode() @ x.T - w @ ref.T).norm()) for m in (ours, plain)]
+        assert errors[0] <= errors[1]
+        gained.append(bool(notes))
+        assert not notes or "alpha=" in notes[0]
+    assert any(gained)

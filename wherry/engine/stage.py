@@ -59,6 +59,7 @@ def lead(plan: Plan, batches: list[Any], folder: Path, progress: Progress) -> tu
         work = folder / f"stage-{i}"
         if i > first:
             now = part if i == 0 else part.recipe.settle(given, part.formats, part.first)
+            now.device = plan.device
             if i == len(stages) - 1:
                 return now, given, history
             units = Units(work)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from wherry.engine import share
-from wherry.engine.unit import Unit, fact, original, round_to_nearest, store, units
+from wherry.engine.unit import Unit, fact, original, round_to_nearest, solved, store, units
 from wherry.journal import Units
 from wherry.recipe import Plan, PlanRow, Progress
 from wherry.scheme import QTensor
@@ -26,7 +26,7 @@ def settle(plan: Plan, unit: Unit, journal: Units) -> TensorFile:
         elif row.scheme:
             assert not isinstance(w, QTensor)
             plain = row.role != "linear" or step.calibrated
-            result = round_to_nearest(plan, row, w) if plain else step.solve(w)
+            result = round_to_nearest(plan, row, w) if plain else solved(step, w, plan.device)
         tensors.update(store(row, result))
         facts.append(fact(row, w.decode() if isinstance(w, QTensor) else w, result, notes))
     return journal.save(unit.key, tensors, {"rows": facts})

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from wherry.errors import Corrupt
 from wherry.formats import compressed_tensors
 from wherry.journal import Units
 from wherry.ops import grid
-from wherry.recipe import Plan, PlanRow
+from wherry.recipe import Pass, Plan, PlanRow
 from wherry.scheme import QTensor
 from wherry.tensorfile import TensorFile
 
@@ -78,6 +78,15 @@ def round_to_nearest(plan: Plan, row: PlanRow, w: torch.Tensor) -> QTensor:
     assert row.scheme
     rounding = grid.coarse if row.role != "linear" else plan.rounding(row)
     return grid.encode(w, row.scheme, *grid.fit(w, row.scheme, rounding))
+
+
+def solved(step: Pass, w: torch.Tensor, device: str, *more: Any) -> QTensor:
+    """What the step solves for w, on that device, where the statistic among `more` is already; the codes come back."""
+    q = step.solve(w.to(device), *more)
+    if device == "cpu":
+        return q
+    zero = None if q.zero is None else q.zero.cpu()
+    return replace(q, code=q.code.cpu(), scale=q.scale.cpu(), zero=zero)
 
 
 def store(row: PlanRow, result: torch.Tensor | QTensor) -> dict[str, torch.Tensor]:

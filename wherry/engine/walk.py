@@ -18,7 +18,7 @@ from wherry import tensorfile
 from wherry.checkpoint import put
 from wherry.engine import assign, share, stream, tune
 from wherry.engine.smooth import smooth
-from wherry.engine.unit import Unit, fact, original, round_to_nearest, sound, store, units
+from wherry.engine.unit import Unit, fact, original, round_to_nearest, solved, sound, store, units
 from wherry.engine.watch import Watch, refers, watching, waves, waves_of
 from wherry.errors import Diverged
 from wherry.journal import Units
@@ -167,7 +167,8 @@ def settle(
     watched = {row.name: plan.recipe.steps[row.step] for row in taken}
     for wave in waves(block, layers, watched, flow):
         chosen = {name: layers[name] for name in wave}
-        with watching(chosen, watched, rows, twin, inner) as watch:
+        device = plan.device if all(watched[name].gait == "codes" for name in wave) else "cpu"
+        with watching(chosen, watched, rows, twin, inner, device) as watch:
             for i in range(len(flow.states)):
                 watch.reference(flow, i)
                 flow.call(block, i)
@@ -271,9 +272,9 @@ def solve(plan: Plan, row: PlanRow, w: torch.Tensor, watch: Watch, notes: list[s
     assert row.scheme
     step = replace(plan.recipe.steps[row.step], scheme=row.scheme)
     if not hasattr(step, "observe"):
-        q = step.solve(w)
+        q = solved(step, w, plan.device)
     elif row.name in watch.stats:
-        q = step.solve(w, watch.stats[row.name], notes)
+        q = solved(step, w, plan.device, watch.stats[row.name], notes)
     else:
         notes.append("no calibration input reached it: rounded to nearest")
         q = round_to_nearest(plan, row, w)

@@ -56,7 +56,8 @@ def waves_of(block: torch.nn.Module, layers: dict[str, torch.nn.Module], flow: A
 class Watch:
     """Statistics of the inputs of the watched layers; layers that are given the same tensor share one."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
         self.stats: dict[str, Any] = {}
         self.seen = Seen()  # inputs of layers with static activations
         self.counting = False  # the second pass: histograms, nothing else
@@ -112,7 +113,7 @@ class Watch:
             if refers(step):
                 beside = self.refers.get(name, x)  # experts may be given other tokens than in the original
                 extra = ((beside if beside.shape == x.shape else x).reshape(flat.shape),)
-            self.stats[name] = step.observe(self.stats.get(name), flat, *extra)
+            self.stats[name] = step.observe(self.stats.get(name), *(each.to(self.device) for each in (flat, *extra)))
         if static_activations(row.scheme):
             self.seen.extremes(name, flat.float().cpu().numpy())
 
@@ -120,10 +121,13 @@ class Watch:
 @contextmanager
 def watching(
     layers: dict[str, torch.nn.Module], steps: dict[str, Pass], rows: dict[str, PlanRow],
-    twin: torch.nn.Module | None = None, inner: dict[str, str] | None = None,
+    twin: torch.nn.Module | None = None, inner: dict[str, str] | None = None, device: str = "cpu",
 ) -> Iterator[Watch]:  # fmt: skip
-    """Hook the layers while the block runs over the calibration data; `twin` is the original block, where wanted."""
-    watch = Watch()
+    """Hook the layers while the block runs over the calibration data; `twin` is the original block, where wanted.
+
+    Statistics are summed on `device`, where they stay.
+    """
+    watch = Watch(device)
     watch.twin, watch.inner = twin, inner or {}
     watch.wanted = [name for name in layers if refers(steps[name])]
 

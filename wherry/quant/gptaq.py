@@ -7,8 +7,10 @@ Idea:   minimise ||Q X - W X'||^2, X what the compressed model feeds, X' what th
 Shapes: w [n, k]; x, x_ref [tokens, k]; H, D = dX X^T, U, P [k, k].      n = outputs, k = inputs.
 Cost:   twice GPTQ's statistics, and one more product in the loop; each layer of a block is observed on its own.
 Fails:  as gptq.
-Differs: `alpha` scales the correction (1 is the paper). refit fits scales to the corrected target
-        W (H + D) H^-1, so that both pull the same way.
+Differs: `alpha` scales the correction (1 is the paper). Signs cannot follow a large one: for
+        binary and ternary grids alpha, a half and a quarter of it and 0 are tried, and what gives that layer the least
+        ||Q X - W X'||^2 stays, with a remark. refit fits scales to the corrected target W (H + D) H^-1, so that both
+        pull the same way.
 """
 
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from wherry.ops import grid
 from wherry.ops.solve import columns, ordered_factor, refit_codes
 from wherry.recipe import Pass
 from wherry.scheme import QTensor
+
+PARTS = (1.0, 0.5, 0.25, 0.0)  # of the correction, tried where codes are signs
 
 
 class Pair(NamedTuple):
@@ -62,10 +66,20 @@ class GPTAQ(Pass):
         if damp != self.damp and notes is not None:
             notes.append(f"damping raised from {self.damp:g} to {damp:g}: the Hessian was not positive definite")
         P = (D[order][:, order] @ U.T).triu(1) @ U
-        code = columns(W, U, scale, zero, self.scheme, order, self.block, P)
-        if self.refit:
-            H = H + damp * torch.diag_embed(H.diagonal().mean().expand(k))
-            target = W + torch.linalg.solve(H, W @ D, left=False)
-            scale = refit_codes(target, code, self.scheme, H, scale, zero)
-            scale = scale if self.rounding is None else self.rounding(scale)
-        return QTensor(self.scheme, code.to(torch.int8), scale, zero)
+        damped = H + damp * torch.diag_embed(H.diagonal().mean().expand(k))
+        coarse = self.scheme.bits == 1 or self.scheme.table == "ternary"
+        found: list[tuple[float, float, QTensor]] = []
+        for part in PARTS if coarse and bool(D.any()) else (1.0,):
+            code = columns(W, U, scale, zero, self.scheme, order, self.block, part * P)
+            fitted = scale
+            if self.refit:
+                target = W + part * torch.linalg.solve(damped, W @ D, left=False)
+                fitted = refit_codes(target, code, self.scheme, damped, scale, zero)
+                fitted = fitted if self.rounding is None else self.rounding(fitted)
+            q = QTensor(self.scheme, code.to(torch.int8), fitted, zero)
+            E = q.decode() - W
+            found.append((float(((E @ H) * E).sum() - 2 * ((E @ D.T) * W).sum()), part, q))
+        _, part, q = min(found, key=lambda each: each[0])
+        if part != 1 and notes is not None:
+            notes.append(f"alpha={self.alpha * part:g}: the whole correction is more than signs can follow here")
+        return q

@@ -22,15 +22,15 @@ from wherry.errors import BadInput
 from wherry.ops import grid
 from wherry.ops.allocate import allocate
 from wherry.recipe import Pass
-from wherry.scheme import Scheme
+from wherry.scheme import PRESETS, Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixed(Pass):
     """bits: most bits per weight over all weights that it wants, scales and zeros included. A solver must come after.
 
-    schemes: spellings to choose from, `;` between them; they take the group size of the solver's scheme, unless that is
-        a k-quant.
+    schemes: spellings to choose from, `;` between them; they take the group size of the solver's scheme, or, where that
+        has none to give (rows, NVFP4, k-quants), group_size of this step, else their usual one.
     """
 
     schemes: tuple[str, ...] = ("W2A16", "W3A16", "W4A16", "W8A16")
@@ -47,6 +47,7 @@ class Mixed(Pass):
         """The schemes to choose from, in the groups of the solver's."""
         found = [replace(Scheme.parse(text), rank=scheme.rank) for text in self.schemes]
         size = None if scheme.fixed else scheme.group_size
+        size = self.scheme.group_size if size is None and self.scheme != PRESETS["W4A16"] else size
         return [s if s.fixed or size is None else s.with_group(size) for s in found]
 
     def rounded(self, w: torch.Tensor, scheme: Scheme) -> torch.Tensor:

@@ -167,7 +167,8 @@ def save(checkpoint: Checkpoint, out: Path, progress: Progress) -> Artifact:
 
 def _names(checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
     if checkpoint.task.kind != "text-generation":
-        raise Unsupported(f"GGUF here holds text generators; {checkpoint.name} is for {checkpoint.task.kind}: use onnx")
+        kind = checkpoint.task.kind
+        raise Unsupported(f"GGUF here holds text generators, and {checkpoint.name} is for {kind}: leave gguf out")
     arch = arch_of(checkpoint.config)
     return arch, tensor_names(arch, int(checkpoint.config.get("num_hidden_layers", 0)))
 

@@ -4,6 +4,7 @@ Only graph models (ONNX) are converted: a transformers folder goes through ONNX 
 float32 unless `half` asks for fp16.
 """
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ def save(checkpoint: "Checkpoint", out: Path, progress: "Progress", half: bool =
     cargo.beside(checkpoint.path, checkpoint.task, out)
     progress(1, 2, "reload and compare")
     manifest = whole.manifest(checkpoint, [], [], "openvino", MAIN)
-    products, tables = decoders(ov.Core().read_model(str(out / MAIN)))
+    products, tables = decoders(core().read_model(str(out / MAIN)))
     coded = {*products, *tables}
     manifest["plan"] = [row for row in checkpoint.plan if row["name"] in coded]
     if lost := [
@@ -103,17 +104,17 @@ def checks(artifact: Artifact, checkpoint: "Checkpoint", half: bool) -> list[dic
     """Reload, run at two batch sizes, compare with ONNX Runtime; count layers by how they execute."""
     from wherry.graph import whole
 
-    core = compiled(artifact.main)
+    model = compiled(artifact.main)
     source = whole.session(checkpoint.graph.path)
     names = [value.name for value in source.get_outputs()]
 
     def infer(feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-        found = core(feeds)
-        return [np.array(found[port]) for port in core.outputs]
+        found = model(feeds)
+        return [np.array(found[port]) for port in model.outputs]
 
     what = "ONNX Runtime || OpenVINO, the same integers"
     same = whole.agree(artifact, lambda feeds: source.run(names, feeds), infer, DIFFERENCE_MOST, what)
-    kinds = executed(core)
+    kinds = executed(model)
     planned = sum(1 for row in checkpoint.plan if row["scheme"] and "A8" in row["scheme"])
     integer = sum(count for kind, count in kinds.items() if kind.endswith("int8"))
     if planned and not integer:
@@ -138,6 +139,18 @@ def sparse_rate(manifest: dict[str, Any]) -> float:
     return SPARSE_LEAST if any(share >= SPARSE_LEAST for share in shares) else 0.0
 
 
+@functools.cache
+def core() -> Any:
+    """OpenVINO's registry, one for the whole process and never freed.
+
+    Its CPU plugin gives the thread that first asks for it another stack for signals, and frees that stack when the last
+    registry or model goes; gone in another thread, the next signal (Ctrl-C) is a segmentation fault (2026.4).
+    """
+    import openvino as ov
+
+    return ov.Core()
+
+
 def compiled(path: Path, threads: int = 0, sparse: float = 0.0) -> Any:
     """A model compiled for the CPU; what is float is computed in float32: bfloat16 would be another model.
 
@@ -148,14 +161,13 @@ def compiled(path: Path, threads: int = 0, sparse: float = 0.0) -> Any:
     """
     import openvino as ov
 
-    core = ov.Core()
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
     if sparse:
         options["CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"] = sparse
     try:
-        return core.compile_model(core.read_model(str(path)), "CPU", options)
+        return core().compile_model(core().read_model(str(path)), "CPU", options)
     except Exception as error:  # the wheel's kinds have no common base but Exception
         text = " ".join(str(error).split())[:300]
         if "OpConversionFailure" in text or "conversion" in text.lower():
@@ -181,13 +193,12 @@ def decode(artifact: Artifact) -> Iterator[tuple[str, np.ndarray]]:
     """Every quantized weight in float32 as [n, k]; products' weights decoded by OpenVINO's own operators."""
     import openvino as ov
 
-    core = ov.Core()
-    found, tables = decoders(core.read_model(str(artifact.main)))
+    found, tables = decoders(core().read_model(str(artifact.main)))
     for name, node in found.items():
         steps = [value.get_source_output().get_node() for value in node.inputs()]
         scale = next(step for step in steps if step.get_type_name() == "Constant")
         axis = next((i for i, extent in enumerate(scale.get_output_shape(0)) if extent > 1), 0)
-        small = core.compile_model(ov.Model([node.output(0)], [], name), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        small = core().compile_model(ov.Model([node.output(0)], [], name), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         weight = np.moveaxis(np.array(small({})[0]), axis, 0)
         yield name, np.ascontiguousarray(weight.reshape(len(weight), -1))
     for name, (codes, scales) in tables.items():

@@ -13,13 +13,13 @@ import openvino as ov
 
 from wherry.artifact import Artifact
 from wherry.errors import BadInput
-from wherry.formats.openvino import compiled, executed, sparse_rate
+from wherry.formats.openvino import compiled, core, executed, sparse_rate
 from wherry.session import NoGenerate, Session, Signature
 
 
 def available() -> dict[str, str]:
     """Version, and what the CPU plugin says it can compute with."""
-    able = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    able = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return {"openvino": ov.__version__, "isa": " ".join(sorted(able))}
 
 

@@ -1,18 +1,20 @@
 """Which runtime runs an artifact: named by the user, or the fastest of those installed, measured on this machine."""
 
+import inspect
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
-from wherry import shelf
+from wherry import knobs, shelf
 from wherry.artifact import MANIFEST, Artifact
 from wherry.errors import BadInput, Error, Missing, Unsupported
 from wherry.report import Report, read_object
 from wherry.session import Sampling, Session
 from wherry.task import Task
 
+GIVEN = ("artifact", "device", "threads")  # of a runtime's load, said elsewhere
 QUICK_TOKENS = 24
 GRAPH = "model.onnx"
 
@@ -44,6 +46,23 @@ def graph(file: Path) -> Artifact:
     return Artifact(file.parent, {**fields, "files": {}, "plan": [], "license": "", "task": task.to_dict()})
 
 
+def load(artifact: Artifact, runtime: str, threads: int = 0) -> Session:
+    """A session. `runtime`: a name, or with knobs of its own: "native:activations=16,pinned=true".
+
+    Raises BadInput: the runtime has no such knob, or a value of the wrong type; and what its `load` raises.
+    """
+    name, given = next(knobs.split(runtime, "runtime"))
+    begin = shelf.find("runtimes", name).load
+    known = {p.name: p for p in inspect.signature(begin, eval_str=True).parameters.values() if p.name not in GIVEN}
+    for knob in given:
+        if knob not in known or known[knob].kind is inspect.Parameter.VAR_KEYWORD:
+            has = ", ".join(known) or "none"
+            raise BadInput(f"the runtime {name} has no knob '{knob}'{shelf.suggest(knob, known)}; it has: {has}")
+    values = {knob: knobs.coerce(name, knob, value, known[knob].annotation) for knob, value in given.items()}
+    session: Session = begin(artifact, threads=threads, **values)
+    return session
+
+
 def able(path: Path | str, runtime: str = "auto") -> list[tuple[Artifact, str]]:
     """Pairs of artifact and runtime that are installed and fit.
 
@@ -54,7 +73,7 @@ def able(path: Path | str, runtime: str = "auto") -> list[tuple[Artifact, str]]:
     pairs, absent, here = [], [], artifacts(path)
     for name in names:
         try:
-            module = shelf.find("runtimes", name)
+            module = shelf.find("runtimes", name.partition(":")[0])
             module.available()
         except Missing as error:
             if runtime != "auto":
@@ -100,11 +119,11 @@ def open_session(path: Path | str, runtime: str = "auto", threads: int = 0) -> t
     if len(pairs) == 1:
         artifact, name = pairs[0]
         report.add("runtime", artifact.format, name, note="the only one that fits" if runtime == "auto" else "as asked")
-        return shelf.find("runtimes", name).load(artifact, threads=threads), artifact, report
+        return load(artifact, name, threads), artifact, report
     failures = []
     for artifact, name in pairs:
         try:
-            session = shelf.find("runtimes", name).load(artifact, threads=threads)
+            session = load(artifact, name, threads)
             seconds = quick(session, artifact)
         except Error as error:
             failures.append(error)

@@ -34,7 +34,7 @@ Against = Annotated[
 ]
 MaxBad = Annotated[float, typer.Option("--max-bad", help="Share of pictures or sounds that may be undecodable.")]
 Runtime = Annotated[
-    str, typer.Option("--runtime", help="A name of `wherry list runtimes`, or auto: the fastest, measured.")
+    str, typer.Option("--runtime", help="A name of `wherry list runtimes` [:knob=value], or auto: the fastest here.")
 ]
 Threads = Annotated[int, typer.Option("--threads", help="0 = all cores.")]
 Json = Annotated[bool, typer.Option("--json", help="Print rows of what, where, value, unit as JSON, and nothing else.")]

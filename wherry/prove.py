@@ -10,7 +10,7 @@ import numpy as np
 
 from wherry import data, shelf
 from wherry.artifact import Artifact
-from wherry.choose import artifacts, measured
+from wherry.choose import artifacts, load, measured
 from wherry.errors import BadInput, Error, Missing
 from wherry.evaluate import drift, outputs, proof, similarity
 from wherry.report import Report
@@ -88,7 +88,7 @@ def prove(
     with ExitStack() as stack:
         sessions: dict[str, Session] = {}
         for item in items:
-            session = shelf.find("runtimes", item.runtime).load(item.artifact)
+            session = load(item.artifact, item.runtime)
             stack.callback(session.close)
             sessions[item.where] = session
             _facts(report, session, item.where)
@@ -145,7 +145,7 @@ def _text(
                 report.rows.append(replace(row, what=f"{row.what} to the checkpoint", note=note))
     for item in items:
         if kept := sessions[item.where].facts.get("kv cache"):
-            plain = shelf.find("runtimes", item.runtime).load(item.artifact, cache="float")
+            plain = load(item.artifact, f"{item.runtime.partition(':')[0]}:cache=float")
             found = drift.compare_all(plain, {item.where: scored[item.where]}, windows.tolist(), progress=progress)
             plain.close()
             row = next(row for row in found if row.what == "kl")

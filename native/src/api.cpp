@@ -33,7 +33,7 @@ struct Handle {  // a model that is filled, then an engine that has it
 #define API extern "C" __attribute__((visibility("default")))
 
 API const char* wn_error() { return failure.c_str(); }
-API int wn_version() { return 2; }
+API int wn_version() { return 3; }
 API int wn_isas() { return isa_count(); }
 API const char* wn_isa_name(int i) { return i < 0 ? best_isa()->name : i < isa_count() ? isa_name(i) : ""; }
 API int wn_isa_runs(int i) { return i >= 0 && i < isa_count() && isa(i) != nullptr; }
@@ -94,16 +94,18 @@ API int wn_fill(Handle* h, int part, int layer, const uint8_t* data, int64_t siz
     });
 }
 
-API int wn_start(Handle* h, int isa, int threads, const int* cores, int core_count, int pages, int sequences) {
+API int wn_start(Handle* h, int isa, int threads, const int* cores, int core_count, int pages, int sequences,
+                 int bits) {
     return guarded([&] {
         const Kernels* k = chosen(isa);
         if (!k) return fail("this processor cannot run these kernels");
         if (!h->model || threads < 1 || threads > 1024 || pages < 1 || sequences < 1 || sequences > TOKENS / 2)
             return fail("threads, pages or sequences out of range");
+        if (bits != 8 && bits != 16) return fail("activations of other than 8 or 16 bits");
         std::string missing = h->model->whole();
         if (!missing.empty()) return fail(missing);
         h->engine = std::make_unique<Engine>(std::move(h->model), *k, threads, std::vector<int>(cores, cores + core_count),
-                                             pages, sequences);
+                                             pages, sequences, bits);
         return 0;
     });
 }
@@ -154,18 +156,21 @@ API void wn_alone_free(Weight* w) { release(*w), delete w; }
 API int64_t wn_alone_bytes(const Weight* w) { return int64_t(bytes(*w)); }
 API void wn_row(const Weight* w, int row, float* out) { unpack_row(*w, row, out); }
 
-// y [tokens][n up to 32] = x [tokens][k] times the weight; dense: two panels at a time. q, scale: what x became.
-API int wn_product(const Weight* w, int which, const float* x, int tokens, int dense, float* y, int8_t* q, float* scale) {
+// y [tokens][n up to 32] = x [tokens][k] times the weight; dense: two panels at a time. q [levels][tokens][k up to 32],
+// scale [levels][tokens][groups]: what x became, rounded once, or twice (levels 2: 16 bits).
+API int wn_product(const Weight* w, int which, const float* x, int tokens, int dense, int levels, float* y, int8_t* q,
+                   float* scale) {
     return guarded([&] {
         const Kernels* kernels = chosen(which);
         if (!kernels) return fail("this processor cannot run these kernels");
-        std::vector<int32_t> sum(size_t(tokens) * w->groups() * 2);
+        const size_t rows = size_t(tokens) * w->groups();
+        std::vector<int32_t> sum(rows * 2 * 2);
         Act a;
         a.k = w->k, a.groups = w->groups(), a.q = q, a.scale = scale, a.sum = sum.data(), a.f = x, a.stride = w->k;
-        for (int t = 0; t < tokens; t++) {
-            size_t g = size_t(t) * a.groups;
-            kernels->quantize(x + size_t(t) * w->k, w->k, q + g * GROUP, scale + g, sum.data() + 2 * g);
-        }
+        Act rest = a;
+        rest.q += rows * GROUP, rest.scale += rows, rest.sum += rows * 2;
+        if (levels == 2) a.rest = &rest;
+        for (int t = 0; t < tokens; t++) kernels->quantize(x + size_t(t) * w->k, a, t);
         std::vector<float> space(workspace(w->k) + 32);
         float* scratch = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(space.data()) + 63) / 64 * 64);
         size_t stride = size_t(up(w->n, 32));

@@ -23,13 +23,17 @@ float* aligned(std::vector<float>& v) {
 
 }  // namespace
 
-void Runner::Rows::make(int rows, int k) {
+void Runner::Rows::make(int rows, int k, int bits) {
     int groups = (k + GROUP - 1) / GROUP;
     q.resize(size_t(rows) * groups * GROUP + 64), scale.resize(size_t(rows) * groups), sum.resize(size_t(rows) * groups * 2);
     act.k = k, act.groups = groups, act.q = q.data(), act.scale = scale.data(), act.sum = sum.data();
+    if (bits <= 8) return;
+    rest = std::make_unique<Rows>();
+    rest->make(rows, k, bits - 8);
+    act.rest = &rest->act;
 }
 
-Runner::Runner(const Model& m, Cache& cache, const Kernels& kernels, Pool& pool)
+Runner::Runner(const Model& m, Cache& cache, const Kernels& kernels, Pool& pool, int bits)
     : m_(m), cache_(cache), kernels_(kernels), pool_(pool), next_(m.c.layers) {
     const Config& c = m.c;
     int query = c.heads * c.width;
@@ -39,13 +43,14 @@ Runner::Runner(const Model& m, Cache& cache, const Kernels& kernels, Pool& pool)
     attended_.resize(size_t(TOKENS) * up(query, 32)), gated_.resize(TOKENS * inner_);
     cosine_.resize(size_t(TOKENS) * c.width / 2), sine_.resize(cosine_.size());
     logits_.resize(size_t(LOGITS) * out_);
-    hidden_rows_.make(TOKENS, c.hidden), head_rows_.make(TOKENS, query), inner_rows_.make(TOKENS, c.inner);
+    hidden_rows_.make(TOKENS, c.hidden, bits), head_rows_.make(TOKENS, query, bits), inner_rows_.make(TOKENS, c.inner, bits);
     int n = pool.count();
     partial_.resize(size_t(SMALL) * c.heads * n * (up(c.width, 16) + 2));
     own_hidden_.resize(n), own_heads_.resize(n), own_inner_.resize(n), own_normed_.resize(n), scratch_.resize(n);
     int widest = std::max({c.hidden, c.inner, query});
     for (int i = 0; i < n; i++) {
-        own_hidden_[i].make(SMALL, c.hidden), own_heads_[i].make(SMALL, query), own_inner_[i].make(SMALL, c.inner);
+        own_hidden_[i].make(SMALL, c.hidden, bits), own_heads_[i].make(SMALL, query, bits);
+        own_inner_[i].make(SMALL, c.inner, bits);
         own_normed_[i].resize(SMALL * hidden_);
         scratch_[i].resize(std::max(workspace(widest) + TOKENS * 32, attend_space(c.width) * 2) + 32);
     }
@@ -144,8 +149,7 @@ const Act& Runner::normed(int tid, const float* weight, const float* x, int rows
     Share mine(rows, alone ? 0 : tid, alone ? 1 : pool_.count());
     for (int t = mine.begin; t < mine.end; t++) {
         kernels_.norm(x + (at ? at[t] : t) * hidden_, weight, m_.c.eps, m_.c.hidden, f + t * hidden_);
-        size_t g = size_t(t) * r.act.groups;
-        kernels_.quantize(f + t * hidden_, m_.c.hidden, r.act.q + g * GROUP, r.act.scale + g, r.act.sum + 2 * g);
+        kernels_.quantize(f + t * hidden_, r.act, t);
     }
     if (alone || tid == 0) r.act.f = f, r.act.stride = hidden_;
     if (!alone) pool_.barrier();
@@ -155,10 +159,7 @@ const Act& Runner::normed(int tid, const float* weight, const float* x, int rows
 const Act& Runner::quantised(int tid, Rows& shared, std::vector<Rows>& own, const float* x, size_t stride) {
     Rows& r = small() ? own[tid] : shared;
     Share mine(tokens_, small() ? 0 : tid, small() ? 1 : pool_.count());
-    for (int t = mine.begin; t < mine.end; t++) {
-        size_t g = size_t(t) * r.act.groups;
-        kernels_.quantize(x + t * stride, r.act.k, r.act.q + g * GROUP, r.act.scale + g, r.act.sum + 2 * g);
-    }
+    for (int t = mine.begin; t < mine.end; t++) kernels_.quantize(x + t * stride, r.act, t);
     if (small() || tid == 0) r.act.f = x, r.act.stride = stride;
     if (!small()) pool_.barrier();
     return r.act;

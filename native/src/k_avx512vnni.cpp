@@ -7,6 +7,7 @@
 namespace wherry {
 namespace {
 #include "isa_avx512.h"
+#include "rows.inl"
 #include "kernels.inl"
 #include "attention.inl"
 }  // namespace

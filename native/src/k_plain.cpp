@@ -7,6 +7,7 @@
 namespace wherry {
 namespace {
 #include "isa_plain.h"
+#include "rows.inl"
 #include "kernels.inl"
 #include "attention.inl"
 }  // namespace

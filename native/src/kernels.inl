@@ -1,114 +1,4 @@
-// The kernels, written once over the lanes of an instruction set (isa_*.h, included before this in namespace ISA).
-// No functions of the standard library that could be emitted here and be picked by the linker for everybody.
-
-// ---- rows
-
-inline vf exponent(vf x) {  // e^x within 2e-7 for x in [-87, 88]; the ends are held
-    x = maxf(setf(-87.0f), minf(setf(88.0f), x));  // in this order NaN stays
-    vi i = nearest(mul(x, setf(1.44269504f)));
-    vf n = cvt(i), f = fma(n, setf(2.12194440e-4f), fma(n, setf(-0.693359375f), x));
-    vf p = fma(setf(1.9875691500e-4f), f, setf(1.3981999507e-3f));
-    p = fma(p, f, setf(8.3334519073e-3f));
-    p = fma(p, f, setf(4.1665795894e-2f));
-    p = fma(p, f, setf(1.6666665459e-1f));
-    p = fma(p, f, setf(5.0000001201e-1f));
-    return mul(add(fma(mul(p, f), f, f), setf(1.0f)), power(i));
-}
-
-inline float exponent(float x) {
-    float v[LANES];
-    storef(v, exponent(setf(x)));
-    return v[0];
-}
-
-void quantize(const float* x, int k, int8_t* q, float* scale, int32_t* sum) {
-    for (int g = 0; g * GROUP < k; g++, x += GROUP, q += GROUP) {
-        float padded[GROUP];
-        const float* row = x;
-        if (k - g * GROUP < GROUP) {
-            for (int i = 0; i < GROUP; i++) padded[i] = i < k - g * GROUP ? x[i] : 0.0f;
-            row = padded;
-        }
-        vf most = setf(0), nan = setf(0);
-        for (int i = 0; i < GROUP; i += LANES) {
-            vf v = loadf(row + i);
-            most = maxf(absf(v), most);
-            nan = add(nan, mul(v, setf(0)));  // maxima lose NaN; this keeps it, and infinity
-        }
-        float highest = top(most), wrong = total(nan);
-        if (wrong != wrong) {  // the scale alone tells it: no integer can
-            scale[g] = wrong, sum[2 * g] = sum[2 * g + 1] = 0;
-            for (int i = 0; i < GROUP; i++) q[i] = 0;
-            continue;
-        }
-        bool some = highest > 1e-30f;
-        scale[g] = some ? highest / 127.0f : 0.0f;
-        vf by = setf(some ? 127.0f / highest : 0.0f);
-        for (int h = 0; h < 2; h++) {
-            vi s = seti(0);
-            for (int i = 16 * h; i < 16 * h + 16; i += LANES) {
-                vi r = nearest(mul(loadf(row + i), by));
-                narrow(q + i, r);
-                s = addi(s, r);
-            }
-            sum[2 * g + h] = total(s);
-        }
-    }
-}
-
-void norm(const float* x, const float* w, float eps, int n, float* out) {
-    vf lanes = setf(0);
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) lanes = fma(loadf(x + i), loadf(x + i), lanes);
-    float sum = total(lanes);
-    for (; i < n; i++) sum += x[i] * x[i];
-    float by = 1.0f / __builtin_sqrtf(sum / float(n) + eps);
-    for (i = 0; i + LANES <= n; i += LANES) storef(out + i, mul(mul(loadf(x + i), setf(by)), loadf(w + i)));
-    for (; i < n; i++) out[i] = x[i] * by * w[i];
-}
-
-float peak(const float* x, int n) {
-    vf most = setf(-__builtin_inff()), wrong = setf(0);
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        vf v = loadf(x + i);
-        most = maxf(v, most);
-        wrong = add(wrong, subf(v, v));  // NaN from NaN and from infinity
-    }
-    float best = top(most), bad = total(wrong);
-    for (; i < n; i++) best = x[i] > best ? x[i] : best, bad += x[i] - x[i];
-    if (bad == bad) return best;
-    for (i = 0; i < n; i++)  // minus infinity alone is no fault
-        if (x[i] != x[i]) return x[i];
-    return best;
-}
-
-// n a multiple of 16
-void silu(const float* gate, const float* up, int n, float* out) {
-    for (int i = 0; i < n; i += LANES) {
-        vf g = loadf(gate + i);
-        storef(out + i, mul(divf(g, add(setf(1), exponent(subf(setf(0), g)))), loadf(up + i)));
-    }
-}
-
-void turn(float* head, int width, const float* cosine, const float* sine, bool neighbours) {
-    int half = width / 2;
-    if (neighbours) {
-        for (int i = 0; i < half; i++) {
-            float a = head[2 * i], b = head[2 * i + 1];
-            head[2 * i] = a * cosine[i] - b * sine[i];
-            head[2 * i + 1] = a * sine[i] + b * cosine[i];
-        }
-        return;
-    }
-    for (int i = 0; i < half; i++) {
-        float a = head[i], b = head[half + i];
-        head[i] = a * cosine[i] - b * sine[i];
-        head[half + i] = a * sine[i] + b * cosine[i];
-    }
-}
-
-// ---- products
+// Products of weights and rows, written once over the lanes of an instruction set (isa_*.h and rows.inl before this).
 
 template <int BITS> inline void codes(const uint8_t* p, vi w[8]) {
     if constexpr (BITS == 8) {
@@ -271,11 +161,13 @@ void panel(const Weight& w, int p, const Act& x, int first, int count, float* sc
         float *S = scratch, *M = scratch + size_t(w.scale_groups()) * ROWS;
         scales(w, p, S, M);
         const uint8_t* code = w.codes + size_t(p) * w.panel_codes;
-        int t = 0;
+        for (const Act* part = &x; part; part = part->rest, more = true) {
+            int t = 0;
 #define RUN(T) \
-    for (Tile f = tile_for<T>(w); t + T <= count; t += T) f(w, code, S, M, x, first + t, out + t * stride, stride, more);
-        MANY(RUN)
+    for (Tile f = tile_for<T>(w); t + T <= count; t += T) f(w, code, S, M, *part, first + t, out + t * stride, stride, more);
+            MANY(RUN)
 #undef RUN
+        }
     }
     lean(w, p, out, stride, count);
 }
@@ -394,8 +286,9 @@ void pair(const Weight& a, int pa, const Weight& b, int pb, const Act& x, int fi
             two.per[i] = w[i]->group >= w[i]->k ? w[i]->groups() : w[i]->group / GROUP;
             two.zero[i] = w[i]->zero;
         }
-        if (a.half()) (a.min ? tiles2<true, true> : tiles2<true, false>)(two, x, first, count, out, stride, more);
-        else (a.min ? tiles2<false, true> : tiles2<false, false>)(two, x, first, count, out, stride, more);
+        auto tiles = a.half() ? (a.min ? tiles2<true, true> : tiles2<true, false>)
+                              : (a.min ? tiles2<false, true> : tiles2<false, false>);
+        for (const Act* part = &x; part; part = part->rest, more = true) tiles(two, *part, first, count, out, stride, more);
         lean(a, pa, out, stride, count), lean(b, pb, out + ROWS, stride, count);
         return;
     }

@@ -76,7 +76,8 @@ constexpr int SMALL = 2;     // up to so many tokens each thread quantises all o
 // Computes steps. take(row, logits) is called from any of the threads, once for each wanted token.
 class Runner {
   public:
-    Runner(const Model& m, Cache& cache, const Kernels& kernels, Pool& pool);
+    // bits: that activations are rounded to, 8 or 16
+    Runner(const Model& m, Cache& cache, const Kernels& kernels, Pool& pool, int bits);
     void step(const Batch& batch, const std::function<void(int, float*)>& take);
 
   private:
@@ -85,7 +86,8 @@ class Runner {
         std::vector<float> scale;
         std::vector<int32_t> sum;
         Act act;
-        void make(int rows, int k);
+        std::unique_ptr<Rows> rest;
+        void make(int rows, int k, int bits);
     };
     struct Unit {  // of attention: queries of `heads` heads from `head` on times `tokens` tokens
         const Run* run;

@@ -49,6 +49,7 @@ struct Weight {
 };
 
 // Quantised rows: x = scale * q per group of 32; sum of q per 16. `f` are the rows themselves, for float weights.
+// What this leaves of x may be rounded again: `rest`, which makes 16 bits of 8.
 struct Act {
     int k = 0, groups = 0;
     int8_t* q = nullptr;
@@ -56,6 +57,7 @@ struct Act {
     int32_t* sum = nullptr;
     const float* f = nullptr;
     size_t stride = 0;  // floats from row to row of f
+    const Act* rest = nullptr;
 };
 
 // One tile of attention: queries of one key-value head of one sequence, over positions [from, to).
@@ -75,8 +77,8 @@ struct Attend {
 
 struct Kernels {
     const char* name;
-    // one row -> q, scale, sum. k need not be a multiple of 32: the rest is zero.
-    void (*quantize)(const float* x, int k, int8_t* q, float* scale, int32_t* sum);
+    // x [k] -> a row of `a`, and of a.rest where that is. k need not be a multiple of 32: the rest is zero.
+    void (*quantize)(const float* x, const Act& a, int row);
     void (*norm)(const float* x, const float* w, float eps, int n, float* out);
     void (*silu)(const float* gate, const float* up, int n, float* out);
     float (*peak)(const float* x, int n);  // the largest; NaN where there is one

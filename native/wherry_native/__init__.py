@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-__version__ = "0.1.0"
-INTERFACE = 2
+__version__ = "0.2.0"
+INTERFACE = 3
 PARTS = (
     "embed", "head", "norm", "attention_norm", "mlp_norm", "q", "k", "v", "o", "gate", "up", "down", "q_norm", "k_norm",
 )  # fmt: skip
@@ -69,13 +69,13 @@ def _library() -> c.CDLL:
         "wn_vector": (i, [p, i, i, i, p, i]),
         "wn_weight": (i, [p] + [i] * 10),
         "wn_fill": (i, [p, i, i, p, i64, p, p, i, i]),
-        "wn_start": (i, [p, i, i, ints, i, i, i]),
+        "wn_start": (i, [p, i, i, ints, i, i, i, i]),
         "wn_submit": (i, [p, ints, i, c.POINTER(Sampling), ints, i, p]),
         "wn_read": (i, [p, i, ints, floats, i, i, c.c_double, ints]),
         "wn_cancel": (None, [p, i]), "wn_stats": (None, [p, c.POINTER(Stats)]),
         "wn_bytes": (i64, [p, i]), "wn_free": (None, [p]),
         "wn_alone": (p, [i] * 8 + [p, p, p]), "wn_alone_free": (None, [p]), "wn_alone_bytes": (i64, [p]),
-        "wn_row": (None, [p, i, p]), "wn_product": (i, [p, i, p, i, i, p, p, p]),
+        "wn_row": (None, [p, i, p]), "wn_product": (i, [p, i, p, i, i, i, p, p, p]),
     }  # fmt: skip
     for name, (result, arguments) in functions.items():
         function = getattr(lib, name)
@@ -118,7 +118,9 @@ def isa_number(name: str) -> int:
     if not name:
         return -1
     if not isas().get(name):
-        raise NativeError(f"no kernels '{name}' that this processor can run; {', '.join(n for n, r in isas().items() if r)}")
+        raise NativeError(
+            f"no kernels '{name}' that this processor can run; {', '.join(n for n, r in isas().items() if r)}"
+        )
     return list(isas()).index(name)
 
 
@@ -164,9 +166,17 @@ class Engine:
         place = (PARTS.index(part), layer, rows.ctypes.data, rows.nbytes, *at, first, len(rows))
         _good(lib.wn_fill(self.handle, *place))
 
-    def start(self, isa: str = "", threads: int = 1, cores: Sequence[int] = (), pages: int = 64, sequences: int = 32) -> None:
-        """Start the engine's threads. pages: of 32 tokens, for all sequences together."""
-        _good(lib.wn_start(self.handle, isa_number(isa), threads, _ints(cores), len(cores), pages, sequences))
+    def start(
+        self,
+        isa: str = "",
+        threads: int = 1,
+        cores: Sequence[int] = (),
+        pages: int = 64,
+        sequences: int = 32,
+        bits: int = 8,
+    ) -> None:
+        """Start the engine's threads. pages: of 32 tokens, for all sequences together. bits: of activations, 8 or 16."""
+        _good(lib.wn_start(self.handle, isa_number(isa), threads, _ints(cores), len(cores), pages, sequences, bits))
 
     def submit(
         self, tokens: Sequence[int], sampling: Sampling, stop: Sequence[int] = (), logits: np.ndarray | None = None
@@ -235,14 +245,19 @@ class Alone:
         lib.wn_row(self.handle, i, out.ctypes.data)
         return out
 
-    def product(self, x: np.ndarray, isa: str = "", dense: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(x W^T [tokens, n], the codes of x [tokens, k up to 32], their scales [tokens, groups])."""
+    def product(
+        self, x: np.ndarray, isa: str = "", dense: bool = False, levels: int = 1
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(x W^T [tokens, n], the codes of x [levels * tokens, k up to 32], their scales [levels * tokens, groups]).
+
+        levels: 1 = activations of 8 bits, 2 = what these leave is rounded once more.
+        """
         n, k = self.shape
         x = np.ascontiguousarray(x, dtype=np.float32)
         groups = -(-k // 32)
         y = np.zeros((len(x), -(-n // 32) * 32), np.float32)
-        q, scale = np.zeros((len(x), groups * 32), np.int8), np.zeros((len(x), groups), np.float32)
-        at = (x.ctypes.data, len(x), dense, y.ctypes.data, q.ctypes.data, scale.ctypes.data)
+        q, scale = np.zeros((levels * len(x), groups * 32), np.int8), np.zeros((levels * len(x), groups), np.float32)
+        at = (x.ctypes.data, len(x), dense, levels, y.ctypes.data, q.ctypes.data, scale.ctypes.data)
         _good(lib.wn_product(self.handle, isa_number(isa), *at))
         return y[:, :n], q, scale
 

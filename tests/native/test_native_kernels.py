@@ -158,3 +158,21 @@ def test_what_is_not_read_is_refused() -> None:
             native.Alone((16, 256), np.zeros((16, 256), np.uint8), -1, bits, group, 0, np.ones((16, 16), np.float32))
     with pytest.raises(native.NativeError, match="no kernels"):
         native.isa_number("avx9")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q2_K", "Q3_K", "Q6_K", "Q8_0"])
+def test_activations_of_16_bits(kind: str, isa: str) -> None:
+    """Rounded twice, the product is that of the floats to about 2^-15, bias and all; once, it is not."""
+    n, k, tokens = 48, 512, 13
+    data = random_blocks(kind, n, k, seed=1)
+    weight, w, x = native.Alone((n, k), data, number(kind)), decoded(kind, data), inputs(tokens, k)
+    right = x.astype(np.float64) @ w.T.astype(np.float64)
+    size = np.sqrt((x.astype(np.float64) ** 2) @ (w.T.astype(np.float64) ** 2))  # of a sum of k terms of random sign
+    for dense in (False, True):
+        once, twice = (np.abs(weight.product(x, isa, dense, levels)[0] - right) / size for levels in (1, 2))
+        assert twice.max() < 1.5e-4
+        assert np.median(once) > 1e-3
+        alone = np.concatenate([weight.product(x[i : i + 1], isa, levels=2)[0] for i in range(tokens)])
+        assert np.array_equal(weight.product(x, isa, dense, 2)[0], alone)
+    weight.close()

@@ -19,6 +19,10 @@ from wherry.errors import BadInput, Diverged, Exhausted, Unsupported
 from wherry.runtimes.native.shape import Shape
 from wherry.session import NoPredict, Sampling, Score, Session, scored
 
+INTERFACE = 3  # of the wheel that this file speaks to
+if wherry_native.INTERFACE != INTERFACE:
+    raise ModuleNotFoundError("the native wheel is of another version than wherry", name="wherry_native")
+
 FORMATS = ("gguf", "compressed_tensors", "safetensors")
 CONTEXT = 8192  # tokens that a session holds unless the model's own limit is lower
 SEQUENCES = 32  # answers that are computed together; more wait
@@ -44,6 +48,7 @@ def load(
     isa: str = "",
     cache_tokens: int = 0,
     pinned: bool = False,
+    activations: int = 8,
 ) -> Session:
     """Read the weights once, into panels of the same integers.
 
@@ -55,6 +60,8 @@ def load(
         isa: kernels by name (wherry_native.isas()); "" = the best here.
         cache_tokens: keys and values of all answers together; 0 = 32768, or what a quarter of the free memory holds.
         pinned: bind each thread to a core of its own.
+        activations: bits that the inputs of products are rounded to, 8 or 16 (exact to about 2^-16, at about half the
+            speed where arithmetic is the limit).
 
     Raises:
         Unsupported: another architecture, or weights of a type that is not read.
@@ -85,18 +92,19 @@ def load(
         try:
             source.fill(engine)
             pages = -(-tokens // PAGE)
-            engine.start(isa, threads, cores if pinned else (), pages, SEQUENCES)
+            engine.start(isa, threads, cores if pinned else (), pages, SEQUENCES, activations)
         except BaseException:
             engine.close()
             raise
     except wherry_native.NativeError as error:
         if "out of memory" in str(error):
             raise Exhausted(f"{artifact.path}: {error}; free memory, or take a smaller context") from error
-        kind = BadInput if "no kernels" in str(error) or "threads" in str(error) else Unsupported
+        kind = BadInput if any(word in str(error) for word in ("no kernels", "threads", "activations")) else Unsupported
         raise kind(f"{artifact.path}: the native runtime does not run it: {error}") from error
     facts = {
         "runtime": "native", **available(), "isa": isa or wherry_native.best_isa(), "threads": str(threads),
         "device": "cpu", "format": artifact.format, "context": str(context), "cache": f"{pages * PAGE} tokens, bf16",
+        "activations": f"{activations} bits",
     }  # fmt: skip
     return Native(engine, shape, context, facts)
 
@@ -176,9 +184,7 @@ class Native(NoPredict):
         if not least <= len(ids) <= most:
             raise BadInput(f"{len(ids)} tokens are not {least} to {most}, which fit the context of {self.limit}")
         if min(ids) < 0 or max(ids) >= self.shape.vocab:
-            raise BadInput(
-                f"token ids reach from {min(ids)} to {max(ids)}; this model has 0 to {self.shape.vocab - 1}"
-            )
+            raise BadInput(f"token ids reach from {min(ids)} to {max(ids)}; this model has 0 to {self.shape.vocab - 1}")
         return ids
 
 

@@ -1,0 +1,118 @@
+// Work on single rows, written once over the lanes of an instruction set: rounding, norms, gates, rotation.
+// No functions of the standard library that could be emitted here and be picked by the linker for everybody.
+
+inline vf exponent(vf x) {  // e^x within 2e-7 for x in [-87, 88]; the ends are held
+    x = maxf(setf(-87.0f), minf(setf(88.0f), x));  // in this order NaN stays
+    vi i = nearest(mul(x, setf(1.44269504f)));
+    vf n = cvt(i), f = fma(n, setf(2.12194440e-4f), fma(n, setf(-0.693359375f), x));
+    vf p = fma(setf(1.9875691500e-4f), f, setf(1.3981999507e-3f));
+    p = fma(p, f, setf(8.3334519073e-3f));
+    p = fma(p, f, setf(4.1665795894e-2f));
+    p = fma(p, f, setf(1.6666665459e-1f));
+    p = fma(p, f, setf(5.0000001201e-1f));
+    return mul(add(fma(mul(p, f), f, f), setf(1.0f)), power(i));
+}
+
+inline float exponent(float x) {
+    float v[LANES];
+    storef(v, exponent(setf(x)));
+    return v[0];
+}
+
+// 32 floats -> q and the sums of its halves; returns the scale. left: what the rounding leaves of them, or null.
+inline float round32(const float* x, int8_t* q, int32_t* sum, float* left) {
+    vf most = setf(0), nan = setf(0);
+    for (int i = 0; i < GROUP; i += LANES) {
+        vf v = loadf(x + i);
+        most = maxf(absf(v), most);
+        nan = add(nan, mul(v, setf(0)));  // maxima lose NaN; this keeps it, and infinity
+    }
+    float highest = top(most), wrong = total(nan);
+    if (wrong != wrong) {  // the scale alone tells it: no integer can
+        sum[0] = sum[1] = 0;
+        for (int i = 0; i < GROUP; i++) q[i] = 0;
+        for (int i = 0; left && i < GROUP; i++) left[i] = 0;
+        return wrong;
+    }
+    bool some = highest > 1e-30f;
+    float scale = some ? highest / 127.0f : 0.0f;
+    vf by = setf(some ? 127.0f / highest : 0.0f);
+    for (int h = 0; h < 2; h++) {
+        vi s = seti(0);
+        for (int i = 16 * h; i < 16 * h + 16; i += LANES) {
+            vf v = loadf(x + i);
+            vi r = nearest(mul(v, by));
+            narrow(q + i, r);
+            s = addi(s, r);
+            if (left) storef(left + i, fma(cvt(r), setf(-scale), v));
+        }
+        sum[h] = total(s);
+    }
+    return scale;
+}
+
+void quantize(const float* x, const Act& a, int row) {
+    size_t at = size_t(row) * a.groups;
+    for (int g = 0; g < a.groups; g++, at++, x += GROUP) {
+        float padded[GROUP], left[GROUP];
+        const float* from = x;
+        if (a.k - g * GROUP < GROUP) {
+            for (int i = 0; i < GROUP; i++) padded[i] = i < a.k - g * GROUP ? x[i] : 0.0f;
+            from = padded;
+        }
+        a.scale[at] = round32(from, a.q + at * GROUP, a.sum + 2 * at, a.rest ? left : nullptr);
+        if (a.rest) a.rest->scale[at] = round32(left, a.rest->q + at * GROUP, a.rest->sum + 2 * at, nullptr);
+    }
+}
+
+void norm(const float* x, const float* w, float eps, int n, float* out) {
+    vf lanes = setf(0);
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) lanes = fma(loadf(x + i), loadf(x + i), lanes);
+    float sum = total(lanes);
+    for (; i < n; i++) sum += x[i] * x[i];
+    float by = 1.0f / __builtin_sqrtf(sum / float(n) + eps);
+    for (i = 0; i + LANES <= n; i += LANES) storef(out + i, mul(mul(loadf(x + i), setf(by)), loadf(w + i)));
+    for (; i < n; i++) out[i] = x[i] * by * w[i];
+}
+
+float peak(const float* x, int n) {
+    vf most = setf(-__builtin_inff()), wrong = setf(0);
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        vf v = loadf(x + i);
+        most = maxf(v, most);
+        wrong = add(wrong, subf(v, v));  // NaN from NaN and from infinity
+    }
+    float best = top(most), bad = total(wrong);
+    for (; i < n; i++) best = x[i] > best ? x[i] : best, bad += x[i] - x[i];
+    if (bad == bad) return best;
+    for (i = 0; i < n; i++)  // minus infinity alone is no fault
+        if (x[i] != x[i]) return x[i];
+    return best;
+}
+
+// n a multiple of 16
+void silu(const float* gate, const float* up, int n, float* out) {
+    for (int i = 0; i < n; i += LANES) {
+        vf g = loadf(gate + i);
+        storef(out + i, mul(divf(g, add(setf(1), exponent(subf(setf(0), g)))), loadf(up + i)));
+    }
+}
+
+void turn(float* head, int width, const float* cosine, const float* sine, bool neighbours) {
+    int half = width / 2;
+    if (neighbours) {
+        for (int i = 0; i < half; i++) {
+            float a = head[2 * i], b = head[2 * i + 1];
+            head[2 * i] = a * cosine[i] - b * sine[i];
+            head[2 * i + 1] = a * sine[i] + b * cosine[i];
+        }
+        return;
+    }
+    for (int i = 0; i < half; i++) {
+        float a = head[i], b = head[half + i];
+        head[i] = a * cosine[i] - b * sine[i];
+        head[half + i] = a * sine[i] + b * cosine[i];
+    }
+}

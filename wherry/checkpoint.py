@@ -19,6 +19,7 @@ from wherry.task import CLASSIFIERS, Task
 from wherry.tensorfile import TensorFile
 
 INDEX = "model.safetensors.index.json"
+HEADS = {"lm_head.weight": "embed_out.weight"}  # what transformers 5 calls otherwise than the files: GPT-NeoX
 
 
 class Source(Protocol):
@@ -320,10 +321,11 @@ class Checkpoint:
         have, prefix = set(self.names()), getattr(module, "base_model_prefix", "")
         found: dict[str, str] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
-            candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+            candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."), HEADS.get(name, name))
             match = next((c for c in candidates if c in have), None)
             if match is None and name in ("lm_head.weight", "proj_out.weight") and self.tied:
-                match = next(n for n in have if n.endswith("embed_tokens.weight") or n.endswith("wte.weight"))
+                embedding = module.get_input_embeddings().weight  # type: ignore[operator]
+                match = next((found[n] for n in found if module.get_parameter(n) is embedding), None)
             if match is None:
                 if "pooler" in name:  # sentence encoders are often shipped without it, and it is not used
                     continue

@@ -333,8 +333,9 @@ class Task:
         if file.exists():
             return cls.from_dict(read_object(file), folder)
         architecture = str((config.get("architectures") or ["?"])[0])
-        if architecture.endswith("ForCausalLM"):
-            return cls("text-generation", folder, max_length=config.get("max_position_embeddings", 2048))
+        if architecture.endswith(("ForCausalLM", "LMHeadModel")):  # the second: GPT-2, whose length is n_positions
+            length = config.get("max_position_embeddings", config.get("n_positions", 2048))
+            return cls("text-generation", folder, max_length=length)
         for end, kind in CLASSIFIERS.items():
             if architecture.endswith(end):
                 return cls.of_classifier(kind, folder, config)

@@ -119,3 +119,19 @@ def test_a_run_begins_with_the_teachers_layers(tmp_path: Path) -> None:
     assert float(moved.abs().max()) < 1e-5
     with pytest.raises(BadInput, match="teacher"):
         loop.run(dataclasses.replace(given, teacher="", recipe="ce", out=str(tmp_path / "no")))
+
+
+@pytest.mark.slow
+def test_trials_on_ray_are_judged_like_local_ones(tmp_path: Path) -> None:
+    """The same seed draws the same first trials; the first, as given, has the same held-out loss wherever it ran."""
+    pytest.importorskip("ray", reason="pip install 'wherry[ray]'")
+    found = []
+    for ray in ("false", "true"):
+        (tmp_path / ray).mkdir()
+        report = trials.search(job(tmp_path / ray), trials.Tune.parse(f"trials=3,only=learning_rate,ray={ray}"))
+        rows = {row.what: row for row in report.rows}
+        assert len([row for row in report.rows if row.what == "held-out loss"]) == 3
+        assert Checkpoint.open(tmp_path / ray / "out").module() is not None
+        assert not [p for p in (tmp_path / ray).iterdir() if "trials" in p.name]
+        found.append(rows["held-out loss as given"].value)
+    assert found[0] == pytest.approx(found[1], rel=1e-6)

@@ -21,15 +21,17 @@ EVERY_S = 10.0  # between lines of progress
 
 def lines() -> loop.Progress:
     """A progress display of plain lines, on the first rank alone."""
-    began, said = time.monotonic(), 0.0
+    began, first, said = 0.0, -1, 0.0
 
     def line(done: int, total: int, text: str) -> None:
-        nonlocal said
+        nonlocal began, first, said
         now = time.monotonic()
+        if first < 0:  # what was done before, by a run that this one resumes, took none of this run's time
+            began, first = now, done
         if now - said > EVERY_S or done == total:
             said = now
-            left = (now - began) / max(1, done) * (total - done)
-            print(f"{done}/{total} {text}, {left:,.0f} s left", file=sys.stderr, flush=True)
+            left = f", {(now - began) / (done - first) * (total - done):,.0f} s left" if done > first else ""
+            print(f"{done}/{total} {text}{left}", file=sys.stderr, flush=True)
 
     return line if os.environ.get("RANK", "0") == "0" else loop.quiet
 

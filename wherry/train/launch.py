@@ -97,20 +97,31 @@ def file(
 
 
 def slurm(job_file: str, name: str, nodes: int, ranks: int, restarts: int, hours: float, gpus: bool) -> str:
-    """A batch script for sbatch. SIGTERM comes two minutes before the end: the run saves, and is queued again."""
+    """A batch script for sbatch. Two minutes before its time ends the ranks get SIGTERM, save, and it is queued again.
+
+    SLURM by itself queues a job again only when a node fails or another job takes its place.
+    """
     minutes = round(hours * 60)
     lines = [
         "#!/bin/bash",
         f"#SBATCH --job-name={name}", f"#SBATCH --nodes={nodes}", "#SBATCH --ntasks-per-node=1",
         *([f"#SBATCH --gpus-per-node={ranks}"] if gpus else [f"#SBATCH --cpus-per-task={ranks}"]),
-        f"#SBATCH --time={minutes // 60:02d}:{minutes % 60:02d}:00", "#SBATCH --signal=TERM@120", "#SBATCH --requeue",
+        f"#SBATCH --time={minutes // 60:02d}:{minutes % 60:02d}:00", "#SBATCH --signal=B:TERM@120", "#SBATCH --requeue",
         f"#SBATCH --output={name}-%j.log", "#SBATCH --open-mode=append",
         "set -euo pipefail",
         'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         "srun --kill-on-bad-exit=1 torchrun \\",
         f'    --nnodes "$SLURM_NNODES" --nproc-per-node {ranks} --max-restarts {restarts} \\',
         f'    --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:{PORT}" \\',
-        f"    -m wherry.train {shlex.quote(job_file)}",
+        f"    -m wherry.train {shlex.quote(job_file)} &",
+        "running=$!",
+        "again() {",
+        '    scancel --signal=TERM "$SLURM_JOB_ID"  # the steps, not this script',
+        '    if ! wait "$running"; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        "    exit",
+        "}",
+        "trap again TERM",
+        'wait "$running"',
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -135,7 +146,7 @@ def trainjob(
     }  # fmt: skip
 
 
-DRIVER = """import ray, subprocess
+DRIVER = """import ray, subprocess, sys
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 ray.init()
@@ -143,16 +154,17 @@ share = {share}
 group = placement_group([share] * {nodes}, strategy="STRICT_SPREAD")
 ray.get(group.ready())
 @ray.remote(num_cpus=share.get("CPU", 0), num_gpus=share.get("GPU", 0))
-def node(head):
+def node(head, first=False):
     if head is None:
         return ray.util.get_node_ip_address()
-    line = ["torchrun", "--nnodes={nodes}", "--nproc-per-node={ranks}", "--max-restarts={restarts}",
+    line = [sys.executable, "-m", "torch.distributed.run",
+            "--nnodes={nodes}", "--nproc-per-node={ranks}", "--max-restarts={restarts}",
             "--rdzv-id={name}", "--rdzv-backend=c10d", "--rdzv-endpoint=" + head + ":{port}",
-            "-m", "wherry.train", {job}]
+            "--rdzv-conf=is_host=" + str(first).lower(), "-m", "wherry.train", {job}]
     return subprocess.run(line).returncode
 at = lambda i: node.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, i))
 head = ray.get(at(0).remote(None))
-raise SystemExit(max(ray.get([at(i).remote(head) for i in range({nodes})])))
+raise SystemExit(any(ray.get([at(i).remote(head, i == 0) for i in range({nodes})])))
 """
 
 

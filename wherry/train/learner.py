@@ -51,6 +51,8 @@ class Learner:
         self.student = world.agree(lambda: student.opened(job.model))
         self.teacher: Any = world.agree(self._teacher)
         module = self.student.module
+        if "attention" in objective.needs:
+            world.agree(self._shows_attention)
         world.agree(self._prepare)
         module.to(world.device)
         self.pipeline: stages.Pipeline | None = None
@@ -81,12 +83,21 @@ class Learner:
         self.scale = 1.0  # of the learning rate; halved when a run goes back
 
     def _prepare(self) -> None:
+        torch.manual_seed(seed_of(self.job.seed, 0, -1))  # what a step draws is the same on every rank
         for step in self.objective.having("prepare"):
             step.prepare(self.student.module, self.student.checkpoint)
         if self.student.graph and (self.world.sizes["tp"] > 1 or self.world.sizes["pp"] > 1):
             raise Unsupported("--tp and --pp cut language models; a graph is trained with --dp and --fsdp")
         if self.student.task.kind != "text-generation" and (self.world.sizes["tp"] > 1 or self.world.sizes["pp"] > 1):
             raise Unsupported(f"--tp and --pp cut language models; {self.student.task.kind} takes --dp and --fsdp")
+
+    def _shows_attention(self) -> None:
+        """Fused kernels give no attention rows: both models compute them plainly."""
+        for one in (self.student, self.teacher):
+            if one.graph:
+                raise Unsupported("attention: a graph shows no attention rows; take kl alone")
+            module: Any = one.module
+            module.set_attn_implementation("eager")
 
     def _fits_pipeline(self) -> None:
         wrong = [need for need in ("hidden", "attention") if need in self.objective.needs]
@@ -95,9 +106,12 @@ class Learner:
 
     def _recompute(self) -> None:
         if self.student.graph:
-            raise Unsupported("--recompute is for transformers' models; a graph keeps its activations")
+            raise Unsupported("recompute is for transformers' models; a graph keeps its activations")
         module: Any = self.student.module
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if not module.supports_gradient_checkpointing:
+            raise Unsupported(f"recompute: transformers cannot compute {type(module).__name__}'s activations again")
+        enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # the second: transformers before 5.20
 
     def _teacher(self) -> student.Student | None:
         if "teacher" not in self.objective.needs:

@@ -84,7 +84,7 @@ class Run:
         self.folder = Path(self._shared(self._open_journal))
         self.saver = save.Saver(self.folder / "checkpoints", world, job.keep, job.fingerprint)
         self.skipped = self.rollbacks = self.flops = 0
-        self.notes: list[str] = []
+        self.notes = ["MFU counts the activations that are computed again"] if job.recompute else []
         self.begin = self._resume(job.resume)
         self.log = world.agree(lambda: watch.Log(self.folder, world.rank, self.begin))
 

@@ -25,6 +25,7 @@ from wherry.train.mesh import World
 
 TOKENS = 16  # of the comparison
 FAR = 1e-3  # relative difference that is not the order of sums
+TINY = 1e-6  # of the largest gradient: what is below is rounding
 LEAF = 1 << 16  # elements of a layer of a graph that is a unit of FSDP of its own
 STYLES: dict[str, Any] = {
     "colwise": ColwiseParallel, "rowwise": RowwiseParallel,
@@ -132,10 +133,11 @@ def tensor_parallel(module: torch.nn.Module, world: World) -> list[str]:
             f"{type(module).__name__} cut by its tensor-parallel plan computes something else: use --fsdp in its place"
         )
     summed = []
+    least = TINY * max(float(grad.norm()) for grad in grads.values())  # a key's bias has no gradient but rounding
     for name, grad in cut.items():
         if isinstance(grad, DTensor):
             continue
-        near = FAR * grads[name].norm() + 1e-9
+        near = FAR * grads[name].norm() + least
         if (grad - grads[name]).norm() <= near:
             continue
         dist.all_reduce(grad, group=world.group("tp"))

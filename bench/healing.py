@@ -47,6 +47,7 @@ from wherry.checkpoint import Checkpoint
 from wherry.train import order, samples, start
 from wherry.train.job import Job
 from wherry.train.loop import run
+from wherry.train.text import Cut
 
 HERE = Path(__file__).parent
 MODEL = HERE / "decoder" / "model"
@@ -168,7 +169,7 @@ def peer(tool: str, python: str, steps: int, rate: float, data: str, folder: Pat
     way, driver = PEERS[tool]
     before, after, files = folder / "before", folder / "after", texts()
     rows_ = folder / "rows.npy"
-    opened = samples.opened(data, Checkpoint.open(MODEL).task, LENGTH, "stream", folder / "tokens")
+    opened = samples.opened(data, Checkpoint.open(MODEL).task, Cut(LENGTH), folder / "tokens")
     batches = [opened.batch(order.mixed(i, BATCH, opened.sizes, opened.weights, 0)) for i in range(steps)]
     np.save(rows_, np.concatenate([np.concatenate([b["input_ids"], b["targets"][:, -1:]], 1) for b in batches]))
     if tool == "trl":

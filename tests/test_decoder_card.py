@@ -14,12 +14,14 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from bench.decoder import card, learn, text  # noqa: E402
+from bench.decoder import card, start, text, train  # noqa: E402
 from bench.decoder.kneser_ney import KneserNey  # noqa: E402
 from wherry.errors import BadInput, Corrupt, Diverged, Missing  # noqa: E402
+from wherry.train import loop  # noqa: E402
+from wherry.train.job import Job  # noqa: E402
 
-HERE = Path(learn.__file__).parent
-TINY = learn.Plan(
+HERE = Path(start.__file__).parent
+TINY = start.Plan(
     hidden=64,
     ffn=64,
     layers=1,
@@ -34,10 +36,17 @@ TINY = learn.Plan(
 )
 
 
+PARTS = {
+    name: [f"{name} {i}\n" + " ".join(str(i * k % 97) for k in range(60)) for i in range(12)]
+    for name in (*start.BOOKS, *start.WATCHED)
+}
+
+
 @pytest.fixture
-def streams() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {name: rng.integers(0, 300, 400) for name in ("bible", "dictionary")}
+def job(tmp_path: Path) -> Job:
+    """A run of the tiny plan on numbers in place of words, prepared."""
+    start.prepare(tmp_path / "run", TINY, PARTS)
+    return start.job(tmp_path / "run", TINY, threads=1, compiled=False)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
@@ -64,37 +73,76 @@ def test_kneser_ney_by_hand() -> None:
     assert model.probabilities(np.asarray([3, 3]))[1] == pytest.approx(0.15)  # context unseen, token unseen
 
 
-def test_training_repeats_and_resumes_bit_for_bit(streams: dict[str, np.ndarray]) -> None:
+def test_training_repeats_and_resumes_bit_for_bit(job: Job) -> None:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        assert learn.check_repro(TINY, streams, 6, "cpu", compiled=False)["equal"]
+        assert train.check_repro(job, 6)["equal"]
     finally:
         torch.set_num_threads(threads)
 
 
-def test_data_order_is_a_function_of_the_step(streams: dict[str, np.ndarray]) -> None:
-    assert torch.equal(learn.batch(3, TINY, streams), learn.batch(3, TINY, streams))
-    assert not torch.equal(learn.batch(3, TINY, streams), learn.batch(4, TINY, streams))
-    assert learn.batch(0, TINY, streams).shape == (3, 17)
+def test_the_order_is_a_function_of_the_seed() -> None:
+    """Against the definition, row by row: a new permutation of windows from a new place in each epoch."""
+    rng = np.random.default_rng(0)
+    streams = {"bible": rng.integers(0, 300, 400), "dictionary": rng.integers(0, 300, 200)}
+    plan = replace(TINY, steps=20)
+    found = start.order(plan, streams)
+    assert found.shape == (20, 3)
+    for name, first, count, before in (("bible", 0, 2, 0), ("dictionary", 2, 1, 400 - 16)):
+        windows = (len(streams[name]) - 1) // 16 - 1
+        for row in range(20 * count):
+            chance = np.random.default_rng([plan.seed, len(name), row // windows])
+            begin = chance.integers(16) + chance.permutation(windows)[row % windows] * 16
+            assert found[row // count, first + row % count] == before + begin
+            assert begin + 17 <= len(streams[name])
+    assert not np.array_equal(found, start.order(replace(plan, seed=1), streams))
 
 
-def test_divergence_is_named(streams: dict[str, np.ndarray], tmp_path: Path) -> None:
-    with pytest.raises(Diverged, match=r"step [1-5].*\n.*lower"):
-        learn.learn(replace(TINY, adam_rate=float("inf")), streams, tmp_path / "c", compiled=False)
+def test_divergence_is_named(job: Job) -> None:
+    with pytest.raises(Diverged, match=r"not finite at updates.*\nLower --learning-rate"):
+        loop.run(replace(job, outer_rate=1e38))
 
 
-def test_checkpoint_of_another_plan_is_refused(streams: dict[str, np.ndarray], tmp_path: Path) -> None:
-    path = tmp_path / "c.safetensors"
-    learn.learn(TINY, streams, path, compiled=False, until=1)
+def test_a_folder_of_another_plan_is_refused(tmp_path: Path) -> None:
+    start.prepare(tmp_path, TINY, PARTS)
+    start.prepare(tmp_path, TINY, PARTS)
     with pytest.raises(BadInput, match="other settings"):
-        learn.learn(replace(TINY, seed=1), streams, path, compiled=False)
+        start.prepare(tmp_path, replace(TINY, seed=1), PARTS)
+
+
+def test_the_command_is_the_job(job: Job) -> None:
+    """What the card prints, read by wherry's own command line, gives the run that made the weights."""
+    import shlex
+
+    import typer
+
+    from wherry import training
+
+    words = shlex.split(" ".join(start.command(job)))[2:]
+    command = typer.main.get_command(training.app).commands["train"]  # type: ignore[attr-defined]
+    given = command.make_context("train", words).params
+    fields = {k: v for k, v in given.items() if k not in training.BESIDE}
+    seen = training.made(fields | {"model": str(fields["model"]), "out": str(given["out"])}, list(given["more"]))
+    assert seen == job
+
+
+def test_the_card_is_told_from_the_files_of_the_run(job: Job) -> None:
+    done = loop.run(job)
+    told = train.told(job)
+    assert told["train"] == done["losses"]
+    assert told["search"] == [[6, *(round(one["bits_per_byte"], 4) for one in done["judged"])]]
+    assert (told["seconds"], told["cpu_seconds"]) == (done["seconds"], done["cpu_seconds"])
+    model = start.LlamaForCausalLM.from_pretrained(job.out)
+    tokens = np.load(Path(job.out).parent / "search_book.npy")
+    bits = card.surprisal(model, tokens, TINY.context).sum()
+    size = sum(len(d.encode()) for d in start.glimpse(PARTS["search_book"]))
+    assert done["judged"][0]["bits_per_byte"] == pytest.approx(bits / size, rel=1e-4)
 
 
 def test_surprisal_covers_every_token_once() -> None:
-    model = learn.build(TINY).eval()
+    model = start.build(TINY).eval()
     tokens = np.random.default_rng(0).integers(0, 300, 45)
-    bits = learn.surprisal(model, tokens, context=16, rows=2)
+    bits = card.surprisal(model, tokens, context=16, rows=2)
     assert bits.shape == (44,)
     assert (bits > 0).all()
     whole = model(torch.from_numpy(tokens[None, :17])).logits[0].log_softmax(-1)  # the first window alone
@@ -122,7 +170,7 @@ def test_an_entry_is_cleaned() -> None:
 
 
 def test_rounding_hurts_in_order() -> None:
-    model = learn.build(TINY)
+    model = start.build(TINY)
     w = model.model.layers[0].mlp.up_proj.weight.detach().clone()
     after = [card.rounded(model, b).model.layers[0].mlp.up_proj.weight for b in (8, 4, 3, 2)]
     errors = [(v - w).pow(2).mean().item() for v in after]

@@ -108,14 +108,17 @@ class Objective:
         """One per loss."""
         return [step.count(batch) for step in self.losses]
 
-    def terms(self, student: Tensors, teacher: Tensors | None, batch: Tensors) -> list[torch.Tensor]:
-        """Sums of the losses, unweighted, one per loss.
+    def sums(self, student: Tensors, teacher: Tensors | None, batch: Tensors) -> list[tuple[torch.Tensor, Any]]:
+        """Sum and count of each loss, unweighted: what is differentiated, and may be compiled."""
+        return [step.loss(student, teacher, batch) for step in self.losses]
+
+    def terms(self, sums: list[tuple[torch.Tensor, Any]], batch: Tensors) -> list[torch.Tensor]:
+        """The sums alone.
 
         Raises BadInput when a step counts otherwise than it said, for the mean would be wrong.
         """
         out = []
-        for step in self.losses:
-            total, count = step.loss(student, teacher, batch)
+        for step, (total, count) in zip(self.losses, sums, strict=True):
             if int(count) != step.count(batch):
                 raise BadInput(f"{step.method}: loss is over {int(count)} things, count says {step.count(batch)}")
             out.append(total)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import platform
 from dataclasses import asdict
 from pathlib import Path
@@ -20,16 +21,21 @@ import matplotlib
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
+from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: TID253
 
-from . import text
+from . import start, text
 from .kneser_ney import KneserNey
-from .learn import Plan, console, glimpse, surprisal
+from .start import Plan, glimpse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from wherry.train.job import Job
+
 matplotlib.use("Agg")
+console = Console()
 Bits = NDArray[np.float64]
 GROUP = 64
 PROMPTS = ("Acts 29\nAnd it came to pass, that Paul", "Psalms 151\nO LORD,", "Joyful, a.", "Journeyman, n.")
@@ -39,6 +45,26 @@ PARTS = {
     "search_book": text.SEARCH_BOOK,
     "search_letter": f"letter {text.SEARCH_LETTER}",
 }
+
+
+@torch.no_grad()
+def surprisal(
+    model: LlamaForCausalLM, tokens: NDArray[np.int64], context: int = 512, rows: int = 8
+) -> NDArray[np.float64]:
+    """Bits of all tokens of a stream but the first, [n] -> [n - 1], each after context / 2 tokens or more."""
+    half, device = context // 2, next(model.parameters()).device
+    ids = torch.from_numpy(tokens)
+    starts = list(range(0, max(1, len(ids) - 1 - half), half))
+    out = torch.zeros(len(ids) - 1, dtype=torch.float64)
+    for at in range(0, len(starts), rows):
+        windows = [ids[s : s + context + 1] for s in starts[at : at + rows]]
+        x = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True).to(device)
+        logits = model(input_ids=x[:, :-1]).logits.float()
+        bits = cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction="none").double().cpu() / math.log(2)
+        for s, window, row in zip(starts[at : at + rows], windows, bits, strict=True):
+            new = half if s else 0
+            out[s + new : s + len(window) - 1] = row[new : len(window) - 1]
+    return out.numpy()
 
 
 def per_document(bits: Bits, tokens: NDArray[np.int64]) -> Bits:
@@ -224,6 +250,13 @@ def write_card(
     text.write(out / "README.md", readme(card))
 
 
+def recipe(card: dict[str, Any]) -> Job:
+    """The training run of a card, in the folder that `--prepare` made."""
+    training = card["training"]
+    plan = Plan(**card["model"]["plan"])
+    return start.job(Path("run"), plan, training["threads"], training["device"], training["compiled"])
+
+
 def readme(card: dict[str, Any]) -> str:
     """Fill card_template.md with card.json's figures."""
     book, letter = "held_out_book", "held_out_letter"
@@ -300,6 +333,7 @@ def readme(card: dict[str, Any]) -> str:
         "dictionary_epochs": f"{seen_entries / card['data']['dictionary']['tokens']:.1f}",
         "threads": f"{training['threads']} thread{'s' if training['threads'] > 1 else ''}",
         "compiled": ", torch.compile" if training["compiled"] else "",
+        "recipe": " \\\n".join(start.command(recipe(card))),
         "minutes": f"{training['minutes']:.0f}",
         "cpu_minutes": f"{training['cpu_minutes']:.0f}",
     }

@@ -61,7 +61,8 @@ def test_long_runs_are_thinned_evenly_to_their_end(steps: int) -> None:
             range(1, steps + 1)]  # fmt: skip
     result = dict.fromkeys(("held_out", "mfu", "tokens_per_second", "skipped", "rollbacks"))
     result |= {"model": "a", "out": "b", "steps": steps, "loss": 8.0, "seconds": 1.0, "samples_per_second": 50.0,
-               "ranks": 1, "layout": "one process", "params": 3, "trained": 3, "notes": []}  # fmt: skip
+               "ranks": 1, "layout": "one process", "params": 3, "trained": 3, "notes": [], "judged": [],
+               "cpu_seconds": 1.0}  # fmt: skip
     report = watch.report(result, rows)
     found = drawn(page.render(Report.from_json(report.to_json(), "a run")))
     assert set(found) == {"training loss", "samples per second"}

@@ -14,6 +14,7 @@ from wherry.objective import Objective
 from wherry.task import Task
 from wherry.train import loop, order, samples
 from wherry.train.job import Job
+from wherry.train.text import Cut, Packed
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_packed_documents_do_not_see_each_other(job: Job, tmp_path: Path, tiny_l
     texts = ["A wherry is a light boat.", "It carries cargo up the rivers.", "Short."]
     table.write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
     task = Task.of(tiny_llama, {"architectures": ["LlamaForCausalLM"]})
-    packed = samples.opened(str(table), task, 128, "documents", tmp_path / "tokens").parts[0]
+    packed = samples.opened(str(table), task, Cut(128, "documents"), tmp_path / "tokens").parts[0]
     assert len(packed) == 1
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     batch = packed.batch(np.array([0]))
@@ -80,7 +81,7 @@ def test_packed_documents_do_not_see_each_other(job: Job, tmp_path: Path, tiny_l
 
 def test_long_documents_go_on_in_the_next_row(tiny_llama: Path) -> None:
     tokens = np.arange(100)
-    packed = samples.Packed("x", "", tokens, np.array([0, 3, 60, 61, 100]), 16)
+    packed = Packed("x", "", tokens, np.array([0, 3, 60, 61, 100]), 16)
     batch = packed.batch(np.arange(len(packed)))
     both = torch.stack([batch["input_ids"].flatten(), batch["targets"].flatten()], 1)
     pairs = [(a, b) for a, b in both.tolist() if b != -100]

@@ -22,12 +22,18 @@ class Job:
     model: folder, file or hub id of the student. out: what the run makes. teacher: a model, or the folder of a cache.
     top: the teacher's k likeliest classes are asked once and kept on disk; 0: the teacher stays in memory.
     data, held_out: text, table, folder or array file; several joined by `;`, each with `*WEIGHT` for its share.
+    order: an array file of sample ids [updates, batch], what each update sees; "": shuffled, see `order`.
     recipe: the steps of `objective`. steps: updates, or 0 and epochs.
     batch: samples per update, over all ranks. micro_batch: samples at once on a rank; 0 = all of its share.
     length: tokens of a sample; 0 = 512, or less where the model has less.
     packing: "stream" cuts windows from the running text; "documents" packs whole documents, each blind to the others.
+    stride: tokens from the start of a window to the next one's; 0 = length. overlap: tokens of a held-out window that
+    are only context, so that each token is judged once; 0: windows side by side, the last tokens left out.
     augment: "", "flip", "crop" or "flip,crop"; pictures alone.
     learning_rate: of AdamW and SGD; Muon's matrices take it too, the rest `outer_rate` (0: the same).
+    weight_decay: of weights with two axes or more; what Muon leaves to AdamW takes `outer_decay` (-1: the same).
+    compile: forward and backward pass by torch.compile; language models, one process or dp. use_cache: keys and values
+    are kept in the forward pass, as transformers does unless told; for nothing but the last bits of such a run.
     warmup, cooldown: updates; cooldown: of the schedule "trapezoid". clip: largest norm of the gradient, 0: none.
     norms: batch norms of a graph keep their statistics ("frozen") or gather them ("trained").
     dp, fsdp, tp, pp: ranks of each kind; dp 0: what is left over. recompute: activations again in the backward pass.
@@ -46,7 +52,10 @@ class Job:
     epochs: float = 0.0
     batch: int = 8
     micro_batch: int = 0
+    order: str = ""
     length: int = 0
+    stride: int = 0
+    overlap: int = 0
     packing: Literal["stream", "documents"] = "stream"
     augment: str = ""
     learning_rate: float = 1e-4
@@ -58,6 +67,7 @@ class Job:
     warmup: int = 0
     cooldown: int = 0
     weight_decay: float = 0.0
+    outer_decay: float = -1.0
     clip: float = 1.0
     seed: int = 0
     norms: Literal["frozen", "trained"] = "frozen"
@@ -67,6 +77,8 @@ class Job:
     pp: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: bool = False
+    compile: bool = False
+    use_cache: bool = False
     save_every: int = 0
     keep: int = 2
     eval_every: int = 0
@@ -88,10 +100,13 @@ class Job:
         for name in ("batch", "fsdp", "tp", "pp", "keep"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("steps", "epochs", "micro_batch", "length", "learning_rate", "outer_rate", "warmup", "cooldown",
-                     "weight_decay", "clip", "dp", "save_every", "eval_every", "seed"):  # fmt: skip
+        for name in ("steps", "epochs", "micro_batch", "length", "stride", "overlap", "learning_rate", "outer_rate",
+                     "warmup", "cooldown", "weight_decay", "clip", "dp", "save_every", "eval_every",
+                     "seed"):  # fmt: skip
             if not 0 <= getattr(self, name) < float("inf"):
                 raise BadInput(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if self.use_cache and self.packing == "documents":
+            raise BadInput("use_cache=true would let packed documents see each other: packing=stream")
         if bool(self.steps) == bool(self.epochs):
             raise BadInput("give steps or epochs: how long to train")
 

@@ -7,6 +7,8 @@ gradient is divided at once.
 
 import hashlib
 import math
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,23 +18,29 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import get_total_norm
 
-from wherry.errors import BadInput, Unsupported
+from wherry.errors import BadInput, Missing, Unsupported
 from wherry.objective import IGNORE, Objective
 from wherry.train import rate, shards, stages, student
 from wherry.train.job import Job
 from wherry.train.mesh import World
-from wherry.train.samples import TEACHER, Batch
+from wherry.train.samples import TEACHER
+from wherry.train.text import Batch
+from wherry.train.watch import counted
 
 
 @dataclass
 class Outcome:
-    """What an update did. loss in nats; terms by step; norm of the gradient before clipping; flags: sums over ranks."""
+    """What an update did. loss in nats; terms by step; norm of the gradient before clipping; flags: sums over ranks.
+
+    flops: operations, where they were counted.
+    """
 
     loss: float
     terms: list[float]
     norm: float
     rate: float
     flags: list[float]
+    flops: int = 0
 
     @property
     def finite(self) -> bool:
@@ -62,6 +70,8 @@ class Learner:
             self.rows = stages.rows_of(job.batch // world.data_size, job.micro_batch, world.sizes["pp"])
         if job.recompute:
             world.agree(self._recompute)
+        if job.compile:
+            world.agree(self._compiles)
         summed: list[str] = []
         if world.sizes["pp"] > 1:
             if world.sizes["tp"] > 1:
@@ -81,6 +91,7 @@ class Learner:
         self.optimizers = rate.optimizers(job, named.items())
         self.trained = [p for p in named.values() if p.requires_grad]
         self.scale = 1.0  # of the learning rate; halved when a run goes back
+        self.sums = torch.compile(self._sums, dynamic=False) if job.compile else self._sums
 
     def _prepare(self) -> None:
         torch.manual_seed(seed_of(self.job.seed, 0, -1))  # what a step draws is the same on every rank
@@ -98,6 +109,15 @@ class Learner:
                 raise Unsupported("attention: a graph shows no attention rows; take kl alone")
             module: Any = one.module
             module.set_attn_implementation("eager")
+
+    def _compiles(self) -> None:
+        """Raise where `compile` is not for the student or its layout."""
+        cut = any(self.world.sizes[dim] > 1 for dim in ("fsdp", "tp", "pp"))
+        if cut or self.student.graph or self.student.task.kind != "text-generation":
+            raise Unsupported("compile is for language models that are whole on each rank: --dp alone")
+        named = os.environ.get("CXX", "g++")
+        if self.world.device.type == "cpu" and shutil.which(named) is None:
+            raise Missing(f"compile needs a C++ compiler, and there is no {named}: install one, or --set compile=false")
 
     def _fits_pipeline(self) -> None:
         wrong = [need for need in ("hidden", "attention") if need in self.objective.needs]
@@ -135,11 +155,12 @@ class Learner:
         return self.pipeline.whole_name(name) if self.pipeline else name
 
     def update(
-        self, step: int, steps: int, batches: list[Batch], problem: Exception | None, flags: tuple[float, ...]
-    ) -> Outcome:
+        self, step: int, steps: int, batches: list[Batch], problem: Exception | None, flags: tuple[float, ...],
+        count: bool = False,
+    ) -> Outcome:  # fmt: skip
         """One update, unless it is not finite. problem: what making the batches raised, if anything; told to all.
 
-        flags: told to all as sums, whatever they mean.
+        flags: told to all as sums, whatever they mean. count: its operations; compiled passes are done again for it.
         """
         job, world, losses = self.job, self.world, self.objective.losses
         torch.manual_seed(seed_of(job.seed, step, world.data_rank))
@@ -156,7 +177,11 @@ class Learner:
         if not all(totals):
             raise agreed(BadInput(f"update {step + 1}: a batch without a single target: nothing to learn from"))
         weights = [s.weight * world.data_size / n for s, n in zip(losses, totals, strict=True)]
-        sums = self._pipelined(batches, weights) if self.pipeline else self._backward(batches, weights, step)
+        with counted(count and job.compile) as rehearsed:
+            if count and job.compile:  # what is compiled cannot be counted, nor be called while anything is
+                self._rehearse(batches)
+        with counted(count and not job.compile) as passed:
+            sums = self._pipelined(batches, weights) if self.pipeline else self._backward(batches, weights, step)
         found = world.total(sums, flags)
         means = [total / n for total, n in zip(found, totals, strict=False)]
         loss = sum(s.weight * mean for s, mean in zip(losses, means, strict=True))
@@ -165,8 +190,10 @@ class Learner:
         done = Outcome(loss, means, norm, job.learning_rate * factor, found[len(losses) :])
         if done.finite:
             self._clip(norm)
-            for optimizer in self.optimizers:
-                optimizer.step()
+            with counted(count) as stepped:
+                for optimizer in self.optimizers:
+                    optimizer.step()
+            done.flops = rehearsed() + passed() + stepped()
             with torch.no_grad():
                 for one in self.objective.having("after"):
                     one.after(self.inner, step)
@@ -181,12 +208,24 @@ class Learner:
             batch = {name: tensor.to(self.world.device) for name, tensor in batch.items()}
             for one in self.objective.having("sample"):
                 batch = one.sample(self.inner, batch, step)
-            with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.job.precision == "bf16"):
-                made = student.forward(self.called, batch, self.objective.needs, self.student.graph)
-            terms = self.objective.terms(made, self._taught(batch), batch)
+            terms = self.objective.terms(self.sums(batch, self._taught(batch)), batch)
             torch.stack([w * t for w, t in zip(weights, terms, strict=True)]).sum().backward()
             sums = [a + float(t.detach()) for a, t in zip(sums, terms, strict=True)]
         return sums
+
+    def _rehearse(self, batches: list[Batch]) -> None:
+        """The passes of an update, not compiled, on this rank alone; the gradient is dropped."""
+        shards.last_backward(self.called, False)
+        for batch in batches:
+            batch = {name: tensor.to(self.world.device) for name, tensor in batch.items()}
+            torch.stack([total for total, _ in self._sums(batch, self._taught(batch))]).sum().backward()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def _sums(self, batch: Batch, taught: dict[str, Any] | None) -> list[tuple[torch.Tensor, Any]]:
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.job.precision == "bf16"):
+            made = student.forward(self.called, batch, self.objective.needs, self.student.graph, self.job.use_cache)
+        return self.objective.sums(made, taught, batch)
 
     def _pipelined(self, batches: list[Batch], weights: list[float]) -> list[float]:
         assert self.pipeline is not None
@@ -195,7 +234,7 @@ class Learner:
 
         def loss(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
             part = {name: tensor[rows] for name, tensor in whole.items()}
-            terms = self.objective.terms({"logits": logits}, self._taught(part), part)
+            terms = self.objective.terms(self.objective.sums({"logits": logits}, self._taught(part), part), part)
             found[int(rows[0])] = [float(term.detach()) for term in terms]
             return torch.stack([w * t for w, t in zip(weights, terms, strict=True)]).sum()
 
@@ -235,18 +274,19 @@ class Learner:
         twin = self.pipeline.twin.weight if self.pipeline and self.pipeline.pair is not None else None
         once = [p for p in self.trained if not (p is twin and self.world.last_stage)]
         parts = shards.parted(p.grad for p in once if p.grad is not None)
-        square = shards.summed({key: get_total_norm(found) ** 2 for key, found in parts.items()}, self.world)
+        square = shards.summed({key: get_total_norm(found).double() ** 2 for key, found in parts.items()}, self.world)
         return math.sqrt(square) if math.isfinite(square) else square
 
     def _clip(self, norm: float) -> None:
-        if self.job.clip and norm > self.job.clip:
+        factor = float(self.job.clip / (torch.tensor(norm) + 1e-6))  # in float32, as torch.nn.utils.clip_grad_norm_
+        if self.job.clip and factor < 1:
             for p in self.trained:
                 if p.grad is not None:
-                    shards.local(p.grad).mul_(self.job.clip / (norm + 1e-6))
+                    shards.local(p.grad).mul_(factor)
 
     @torch.no_grad()
-    def measure(self, batches: Iterator[Batch]) -> tuple[float, float]:
-        """Mean cross-entropy in nats per target, and the share of targets that are likeliest, over all ranks' batches.
+    def measure(self, batches: Iterator[Batch]) -> list[float]:
+        """Sum of the cross-entropy in nats, targets that are likeliest, and targets, over all ranks' batches.
 
         Every rank gives as many batches as the others.
         """
@@ -269,9 +309,8 @@ class Learner:
             )
             right += float((logits.argmax(-1) == targets).sum())
             count += float((targets != IGNORE).sum())
-        total, right, count = self.world.total([total, right, count])
         self.modes()
-        return total / max(1.0, count), right / max(1.0, count)
+        return self.world.total([total, right, count])
 
     def gathered(self) -> dict[str, torch.Tensor] | None:
         """The whole model's parameters and buffers on the first rank, None on the others. Cost: the model in memory."""

@@ -4,12 +4,14 @@ A run works in `.NAME.partial-FINGERPRINT` beside its output, as every run of wh
 newest whole checkpoint, on any number of ranks, and sees the samples that an uninterrupted run would have seen.
 """
 
+import dataclasses
+import hashlib
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,11 @@ from wherry.report import write_atomic
 from wherry.train import cache as teachers
 from wherry.train import mesh, order, pictures, samples, save, student, watch
 from wherry.train import start as starts
+from wherry.train.heldout import HeldOut, Judged, together
 from wherry.train.job import Job
 from wherry.train.learner import Learner, agreed, seed_of
 from wherry.train.mesh import World
-from wherry.train.samples import Batch
+from wherry.train.text import Batch, Cut
 
 Progress = Callable[[int, int, str], None]
 Judge = Callable[[int, float], None]  # (update, held-out loss); what it raises ends the run
@@ -78,12 +81,15 @@ class Run:
         self.cache = Path(job.cache) if job.cache else Path(job.out).parent / f".{Path(job.out).name}.tokens"
         world.agree(self._open_data)
         self.steps = job.steps or max(1, round(job.epochs * len(self.data) / job.batch))
+        if self.order is not None and self.steps > len(self.order):
+            raise agreed(BadInput(f"{job.order} is for {len(self.order)} updates, {self.steps} are to be done"))
         if job.top and self.learner.teacher is not None:
             self._ask_teacher()
         self.journal: Journal | None = None
         self.folder = Path(self._shared(self._open_journal))
         self.saver = save.Saver(self.folder / "checkpoints", world, job.keep, job.fingerprint)
         self.skipped = self.rollbacks = self.flops = 0
+        self.clock = watch.Clock()
         self.notes = ["MFU counts the activations that are computed again"] if job.recompute else []
         self.begin = self._resume(job.resume)
         self.log = world.agree(lambda: watch.Log(self.folder, world.rank, self.begin))
@@ -94,15 +100,20 @@ class Run:
         if self.length and job.length > task.max_length:
             raise BadInput(f"length {job.length}: {job.model} takes {task.max_length} tokens at most")
 
-        def source(text: str) -> samples.Joined:
-            return samples.opened(text, task, self.length, job.packing, self.cache)
-
-        self.data: Any = source(job.data)
+        if task.kind != "text-generation" and (job.stride or job.overlap or job.use_cache):
+            raise BadInput(f"stride, overlap and use_cache are for language models; this is {task.kind}")
+        cut = Cut(self.length, job.packing, job.stride)
+        judged = Cut(self.length, job.packing, 0, job.overlap, judged=True)
+        self.data: Any = samples.opened(job.data, task, cut, self.cache)
         if self.learner.teacher is not None:
             samples.told(self.data, self.learner.teacher.task)
-        self.held_out = source(job.held_out) if job.held_out else None
-        if self.held_out is not None and {p.digest for p in self.held_out.parts} & {p.digest for p in self.data.parts}:
-            raise BadInput("held_out is among the training data: a model must be judged on other data")
+        self.held_out: HeldOut | None = None
+        if job.held_out:
+            held_out = samples.opened(job.held_out, task, judged, self.cache)
+            if {p.digest for p in held_out.parts} & {p.digest for p in self.data.parts}:
+                raise BadInput("held_out is among the training data: a model must be judged on other data")
+            self.held_out = HeldOut(held_out, job.micro_batch or max(1, job.batch // self.world.data_size))
+        self.order = order.given(Path(job.order), job.batch, len(self.data)) if job.order else None
         self._ids(0)
         self.turns = pictures.ways(job.augment)
         if self.turns and task.modality != "image":
@@ -132,10 +143,14 @@ class Run:
 
     def _ids(self, step: int) -> np.ndarray:
         """Samples of an update, on all ranks."""
+        if self.order is not None:
+            return np.asarray(self.order[step], np.int64)
         return order.mixed(step, self.job.batch, self.data.sizes, self.data.weights, self.job.seed)
 
     def _open_journal(self) -> str:
         stamp = {"job": self.job.fingerprint, "data": self.data.digest, "wherry": __version__}
+        if self.order is not None:
+            stamp["order"] = hashlib.sha256(self.order.tobytes()).hexdigest()
         self.journal = Journal(Path(self.job.out), stamp)
         self.job.save(self.journal.folder / "job.json")
         return str(self.journal.folder)
@@ -166,57 +181,58 @@ class Run:
         self.learner.scale = float(facts.get("scale", 1.0))
         self.skipped, self.rollbacks = int(facts.get("skipped", 0)), int(facts.get("rollbacks", 0))
         self.flops = int(facts.get("flops", 0))
+        if not self.clock.here:  # later, going back does not undo the time
+            self.clock = watch.Clock(float(facts.get("seconds", 0.0)), float(facts.get("cpu_seconds", 0.0)))
         return int(facts["update"]) if whole else 0
 
     def go(self, progress: Progress) -> dict[str, Any]:
         """All updates, then the export."""
         before = self.measure() if self.held_out is not None and not self.begin else None
         if before:
-            self.log.judged(0, before[0])
+            self.log.judged(0, before)
         restore = self._listen()
         loader = ThreadPoolExecutor(1)
         try:
-            seconds = self._updates(loader, progress)
+            self._updates(loader, progress)
             self.saver.wait()
             after = self.measure() if self.held_out is not None else None
             if after:
-                self.log.judged(self.steps, after[0])
+                self.log.judged(self.steps, after)
         finally:
             loader.shutdown(wait=True, cancel_futures=True)
             self.saver.close()
             restore()
             self.log.close()
-        result = self._result(seconds, before, after)
+        result = self._result(before, after)
         self._export(result)
         return result
 
-    def _updates(self, loader: ThreadPoolExecutor, progress: Progress) -> float:
+    def _updates(self, loader: ThreadPoolExecutor, progress: Progress) -> None:
         job, learner = self.job, self.learner
-        step, failed, spent = self.begin, 0, 0.0
+        step, failed = self.begin, 0
         saved_at, saved = time.monotonic(), self.begin
         ahead = loader.submit(self._load, step)
-        began = time.perf_counter()
         while step < self.steps:
             problem: Exception | None = None
             batches: list[Batch] = []
-            try:
-                ids, batches = ahead.result()
-            except Exception as error:  # told to all ranks by `update`
-                problem = error
-            ahead = loader.submit(self._load, min(step + 1, self.steps - 1))
             unsaved = self.saver.problem()
             due = not job.save_every and time.monotonic() - saved_at > SAVE_S
             flags = (float(self.stop), float(self.world.first and due))
-            with watch.counted(step == min(1, self.steps - 1)) as counter:  # it may change the last bits: once in a run
-                done = learner.update(step, self.steps, batches, problem or unsaved, flags)
-            self.flops = self.flops or counter()
+            with self.clock:
+                try:
+                    ids, batches = ahead.result()
+                except Exception as error:  # told to all ranks by `update`
+                    problem = error
+                ahead = loader.submit(self._load, min(step + 1, self.steps - 1))
+                count = step == min(1, self.steps - 1)  # it may change the last bits: once in a run
+                done = learner.update(step, self.steps, batches, problem or unsaved, flags, count)
+            self.flops = self.flops or done.flops
             step += 1
             self.log.saw(step, ids)
             row = {"update": step, "loss": done.loss, "norm": done.norm, "rate": done.rate}
             if len(done.terms) > 1:
                 row |= {f"loss {s.method}": t for s, t in zip(self.objective.losses, done.terms, strict=True)}
-            spent = time.perf_counter() - began
-            row["samples per second"] = job.batch * (step - self.begin) / spent
+            row["samples per second"] = job.batch * (step - self.begin) / self.clock.here
             if done.finite:
                 failed = 0
                 self.log.write(row)
@@ -226,13 +242,13 @@ class Run:
                     step = self._back(step, failed)
                     failed, ahead = 0, self._again(loader, ahead, step)
                     continue
-            progress(step, self.steps, self._line(done.loss, spent, step))
+            progress(step, self.steps, self._line(done.loss, step))
             stop, clock = done.flags
             if job.eval_every and step % job.eval_every == 0 and step < self.steps and self.held_out is not None:
-                found = self.measure()[0]
+                found = self.measure()
                 self.log.judged(step, found)
                 if self.judge is not None:
-                    self.judge(step, found)
+                    self.judge(step, together(found)[0])
             every = job.save_every and step % job.save_every == 0 and step < self.steps
             if (every or clock or stop) and step != saved and not failed:
                 self.log.flush()
@@ -242,11 +258,11 @@ class Run:
                 self.saver.wait()
                 raise agreed(Exhausted(f"stopped by a signal after update {step}, which is saved.\n"
                                        "The same command goes on there."))  # fmt: skip
-        return spent
 
     def _facts(self) -> dict[str, Any]:
         return {
-            "scale": self.learner.scale, "skipped": self.skipped, "rollbacks": self.rollbacks, "flops": self.flops
+            "scale": self.learner.scale, "skipped": self.skipped, "rollbacks": self.rollbacks, "flops": self.flops,
+            "seconds": self.clock.wall, "cpu_seconds": self.clock.cpu,
         }  # fmt: skip
 
     def _again(self, loader: ThreadPoolExecutor, ahead: Future, step: int) -> Future:
@@ -272,9 +288,9 @@ class Run:
         self.log.back(back)
         return back
 
-    def _line(self, loss: float, spent: float, step: int) -> str:
+    def _line(self, loss: float, step: int) -> str:
         recent = [row["loss"] for row in self.log.rows[-watch.RECENT :] if "loss" in row] or [loss]
-        rate = self.job.batch * max(1, self.length) * (step - self.begin) / spent
+        rate = self.job.batch * max(1, self.length) * (step - self.begin) / self.clock.here
         return f"loss {np.mean(recent):.4f}, {rate:,.0f} {'tokens' if self.length else 'samples'}/s"
 
     def _listen(self) -> Callable[[], None]:
@@ -314,24 +330,13 @@ class Run:
                     " tokens"
                 )
 
-    def measure(self) -> tuple[float, float]:
-        """Loss and accuracy on the held-out data; see `Learner.measure`."""
+    def measure(self) -> list[Judged]:
+        """The student on each source of the held-out data."""
         assert self.held_out is not None
-        return self.learner.measure(self._held_out(self.held_out))
+        return self.held_out.measure(self.learner)
 
-    def _held_out(self, data: samples.Joined) -> Iterator[Batch]:
-        """Every rank as many batches as the others; one that has no more gives one that counts nothing."""
-        ranks, rank = self.world.data_size, self.world.data_rank
-        size = self.job.micro_batch or max(1, self.job.batch // ranks)
-        for start in range(0, len(data), size * ranks):
-            ids = np.arange(start + rank * size, min(start + (rank + 1) * size, len(data)))
-            batch = data.batch(ids if len(ids) else np.zeros(1, np.int64))
-            if not len(ids):
-                batch["targets"] = torch.full_like(batch["targets"], IGNORE)
-            yield batch
-
-    def _result(self, seconds: float, before: Any, after: Any) -> dict[str, Any]:
-        job, world, learner = self.job, self.world, self.learner
+    def _result(self, before: list[Judged] | None, after: list[Judged] | None) -> dict[str, Any]:
+        job, world, learner, seconds = self.job, self.world, self.learner, self.clock.here
         done = self.steps - self.begin
         seen = done * job.batch
         dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
@@ -343,8 +348,11 @@ class Run:
         return {
             "model": job.model, "out": job.out, "steps": self.steps, "losses": losses,
             "loss": float(np.mean(losses[-watch.RECENT :])) if losses else None,
-            "held_out_before": before[0] if before else None, "held_out": after[0] if after else None,
-            "held_out_accuracy": after[1] if after else None, "seconds": seconds,
+            "held_out_before": together(before)[0] if before else None,
+            "held_out": together(after)[0] if after else None,
+            "held_out_accuracy": together(after)[1] if after else None,
+            "judged": [dataclasses.asdict(one) for one in after or ()],
+            "seconds": self.clock.wall, "cpu_seconds": self.clock.cpu,
             "samples_per_second": seen / seconds if seconds else 0.0,
             "tokens_per_second": seen * self.length / seconds if seconds else 0.0, "mfu": mfu, "ranks": world.size,
             "layout": " x ".join(f"{k} {v}" for k, v in world.sizes.items() if v > 1) or "one process",

@@ -7,9 +7,11 @@ Idea:   each epoch is a permutation of all samples, computed place by place: no 
 Cost:   O(batch) time and memory for a step.
 """
 
+from pathlib import Path
+
 import numpy as np
 
-from wherry.errors import BadInput
+from wherry.errors import BadInput, Missing
 
 ROUNDS = 6
 M1, M2, STEP = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(0x9E3779B97F4A7C15)
@@ -74,6 +76,25 @@ def mixed(step: int, batch: int, sizes: list[int], weights: list[float], seed: i
         parts.append(start + ids(step, rows, size, seed + 7919 * i))
         start += size
     return np.concatenate(parts)
+
+
+def given(path: Path, batch: int, samples: int) -> np.ndarray:
+    """Sample ids int [updates, batch] from an array file: what each update sees.
+
+    Raises Missing; BadInput for another batch, or ids that are none.
+    """
+    if not path.is_file():
+        raise Missing(f"no such order: {path}")
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise BadInput(f"{path} is not an array file of sample ids: {error}") from error
+    if found.ndim != 2 or found.dtype.kind not in "iu" or not found.size or found.shape[1] != batch:
+        raise BadInput(f"{path}: whole numbers [updates, {batch}] wanted, not {found.dtype} {found.shape}")
+    low, high = int(found.min()), int(found.max())
+    if low < 0 or high >= samples:
+        raise BadInput(f"{path}: there is no sample {low if low < 0 else high}; the data has {samples}")
+    return found
 
 
 def share(found: np.ndarray, rank: int, ranks: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 
 from wherry.errors import BadInput
 from wherry.shelf import suggest
-from wherry.train.samples import Batch
+from wherry.train.text import Batch
 
 WAYS = ("flip", "crop")
 

@@ -27,10 +27,11 @@ def optimizers(job: Job, named: Named) -> list[torch.optim.Optimizer]:
     inner: list[tuple[str, torch.nn.Parameter]] = []
     if job.optimizer == "muon":
         inner = [(n, p) for n, p in trained if p.ndim == 2 and not any(part in n for part in OUTER)]
+    decay = job.outer_decay if inner and job.outer_decay >= 0 else job.weight_decay
     matrices = {id(p) for _, p in inner}
     rest = [p for _, p in trained if id(p) not in matrices]
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": job.weight_decay},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]

@@ -17,8 +17,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from wherry.checkpoint import stack
 from wherry.errors import BadInput, Unsupported
 from wherry.train.mesh import World
-from wherry.train.samples import Batch
 from wherry.train.shards import FAR, TOKENS, local
+from wherry.train.text import Batch
 
 
 class Stage(torch.nn.Module):

@@ -36,9 +36,10 @@ class Student:
 
 
 def forward(
-    module: torch.nn.Module, batch: Mapping[str, Any], needs: frozenset[str] = frozenset(), graph: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """Outputs of a module for a batch, whose `targets` it is not shown."""
+    module: torch.nn.Module, batch: Mapping[str, Any], needs: frozenset[str] = frozenset(), graph: tuple[str, ...] = (),
+    cache: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Outputs of a module for a batch, whose `targets` it is not shown. cache: keys and values are kept too."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "targets" and ":" not in name}
     if graph:
         found = module(*(inputs[name] for name in graph))
@@ -46,7 +47,7 @@ def forward(
             found = found.get("logits", next(iter(found.values()))) if isinstance(found, Mapping) else found[0]
         return {"logits": found}
     asked = {EXTRA[need]: True for need in needs if need in EXTRA}
-    found = module(**inputs, **asked, **({"use_cache": False} if "input_ids" in inputs else {}))
+    found = module(**inputs, **asked, **({"use_cache": cache} if "input_ids" in inputs else {}))
     return {name: found[name] for name in ("logits", "hidden_states", "attentions") if found.get(name) is not None}
 
 

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from wherry.report import Report
+from wherry.train.heldout import Judged, together
 
 SIDE = 1024  # of the measured matrix product
 CURVES = (  # name in the report, in metrics.jsonl, unit
@@ -42,6 +44,23 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
     single = max(once(1), 1e-6)
     times = max(3, int(seconds / single))
     return 2 * SIDE**3 * times / once(times)
+
+
+@dataclass
+class Clock:
+    """Seconds of updates: by the clock and of the processor over all starts of a run, and by the clock in this one."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+    here: float = 0.0
+
+    def __enter__(self) -> None:
+        self.at = time.perf_counter(), time.process_time()
+
+    def __exit__(self, *_: object) -> None:
+        passed = time.perf_counter() - self.at[0]
+        self.wall, self.here = self.wall + passed, self.here + passed
+        self.cpu += time.process_time() - self.at[1]
 
 
 @contextmanager
@@ -90,10 +109,16 @@ class Log:
                 if name != "update" and isinstance(value, int | float):
                     self.board.add_scalar(name, value, row["update"])
 
-    def judged(self, update: int, loss: float) -> None:
+    def judged(self, update: int, found: list[Judged]) -> None:
         """Note the loss on held-out data after an update, once; update 0: before the first."""
-        if not any(row["update"] == update and "held-out loss" in row for row in self.rows):
-            self.write({"update": update, "held-out loss": loss})
+        if any(row["update"] == update and "held-out loss" in row for row in self.rows):
+            return
+        row: dict[str, Any] = {"update": update, "held-out loss": together(found)[0]}
+        for one in found:
+            where = f" {one.name}" if len(found) > 1 else ""
+            row |= {f"held-out loss{where}": one.loss}
+            row |= {} if one.bits_per_byte is None else {f"bits per byte{where}": one.bits_per_byte}
+        self.write(row)
 
     def flush(self) -> None:
         """Put everything on disk, as it stands beside a checkpoint."""
@@ -145,7 +170,14 @@ def report(result: dict[str, Any], rows: list[dict[str, Any]]) -> Report:
         made.add("held-out loss, before", "", result["held_out_before"], "nats")
         made.add("held-out loss", "", result["held_out"], "nats")
         made.add("held-out accuracy", "", result["held_out_accuracy"], note="likeliest token or class is the target")
-    made.add("seconds", "", result["seconds"], "s")
+    for one in result["judged"]:
+        where = one["name"] if len(result["judged"]) > 1 else ""
+        if where:
+            made.add("held-out loss", where, one["loss"], "nats")
+        if one["bits_per_byte"] is not None:
+            made.add("bits per byte", where, one["bits_per_byte"], "bits")
+    made.add("seconds", "", result["seconds"], "s", note="of updates, over all starts of the run")
+    made.add("processor seconds", "", result["cpu_seconds"], "s", note="the same, all threads of the first rank")
     made.add("samples per second", "", result["samples_per_second"], "samples/s")
     if result["tokens_per_second"]:
         made.add("tokens per second", "", result["tokens_per_second"], "tokens/s")

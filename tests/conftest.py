@@ -120,6 +120,24 @@ def write_bert(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def write_wordpiece(folder: Path) -> Path:
+    """The tiny BERT with a WordPiece tokenizer of a few words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    write_bert(folder)
+    words = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    words += [f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"]
+    words += ["boat", "##ing", "river", "the", "cargo", "old"]
+    words += [f"w{i}" for i in range(512 - len(words))]
+    tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 4), ("[CLS]", 3))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """2 layers, hidden 64, 4 heads over 2, tied embedding; folder with safetensors and tokenizer."""

@@ -89,7 +89,7 @@ def deliver(
 def _checkpoint(plan: Plan, journal: Journal, batches: Batches, result: Path, progress: Progress) -> None:
     from wherry.engine import stage, unit
 
-    last, given, history = stage.lead(plan, batches, journal.folder, progress)
+    last, given, batches, history = stage.lead(plan, batches, journal.folder, progress)
     codes = last.recipe.steps[-1].gait == "codes"
     if codes and given.graph is not None:
         facts, checks = shelf.find("engine", "graph").quantize(last, batches, result, progress)

@@ -67,6 +67,7 @@ def prove(
     if original is not None and original.graph is None:
         source_of = turned(original, items[0].artifact)
     weight = None if original is None else lambda name: source_of.weight(name).numpy()
+    fewer = any(row.get("remade") for item in items for row in item.artifact.manifest.get("plan") or [])
     for item in items:
         module = shelf.find("formats", item.artifact.format)
         decoded = module.decode(item.artifact)
@@ -76,7 +77,7 @@ def prove(
         report.extend(proof.structure(item.artifact, decoded, weight, item.where, **options))
         if original is not None:
             template = module.template(item.artifact) if hasattr(module, "template") else None
-            report.extend(proof.same_task(item.artifact.task, original.task, template, item.where))
+            report.extend(proof.same_task(item.artifact.task, original.task, template, item.where, fewer))
     if any(row.value is False for row in report):
         progress(1, 1, "")
         for item in items:  # what is damaged is not run: a bad file can take the runtime down with it

@@ -3,15 +3,19 @@
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
-from tests.conftest import write_llama
-from wherry import api
+from tests.conftest import write_llama, write_wordpiece
+from tests.train.conftest import cnn, pictures
+from wherry import api, shelf
 from wherry.checkpoint import Checkpoint
-from wherry.data import shipped
+from wherry.data import read, shipped
+from wherry.distill.heal import Heal
 from wherry.distill.onpolicy import OnPolicy
 from wherry.errors import BadInput, Unsupported
+from wherry.evaluate import similarity
 from wherry.objective import IGNORE
 from wherry.train import start
 
@@ -37,15 +41,74 @@ def test_a_recipe_heals_between_pruning_and_rounding(tmp_path: Path) -> None:
     assert found["healed"] < 0.8 * found["cut"]
 
 
-def test_graphs_and_bad_knobs_are_refused(tmp_path: Path, tiny_bert: Path) -> None:
-    from wherry.distill.heal import Heal
+def embeddings(folder: Path, texts: list[str]) -> np.ndarray:
+    checkpoint = Checkpoint.open(folder)
+    session = shelf.find("runtimes", "torch").over(checkpoint)
+    return similarity.embed(session, checkpoint.task, texts)
 
+
+def test_an_encoder_heals_on_sentences(tmp_path: Path) -> None:
+    """Embeddings of other texts come nearer to the original's, also through a smaller table; the export is proved."""
+    model, data = write_wordpiece(tmp_path / "bert"), tmp_path / "sentences.txt"
+    data.write_text("\n".join(f"the old w{i} on w{2 * i} river boating" for i in range(150)))
+    texts = [f"boating w{2 * i} cargo w{i}" for i in range(100)]
+    cut = "width:neurons=0.75 | vocabulary:tokens=128,multiple=16"
+    heal = f"heal:steps=60,batch=8,lr=0.001,data={data}"
+    near, true = {}, embeddings(model, texts)
+    for name, recipe in (("cut", cut), ("healed", f"{cut} | {heal},options=length=16;warmup=2")):
+        report = api.compress(str(model), tmp_path / name, recipe, data_file=data, samples=8, formats=("onnx",))
+        assert report.get("check: tokenizer", "onnx").value is True, report.get("check: tokenizer", "onnx").note
+        near[name] = float((embeddings(tmp_path / name, texts) * true).sum(1).mean())
+    assert 1 - near["healed"] < 0.8 * (1 - near["cut"])
+
+
+def test_calibration_follows_a_smaller_table(tmp_path: Path) -> None:
+    """Static ranges after tokens went: the inputs are cut into the tokens that are left, not looked up beyond them."""
+    model, data = write_wordpiece(tmp_path / "bert"), tmp_path / "sentences.txt"
+    data.write_text("\n".join(f"w{i} and the old boat" for i in range(300, 400)))
+    recipe = "vocabulary:tokens=128,multiple=16 | rtn:scheme=W8A8_STATIC"
+    report = api.compress(str(model), tmp_path / "out", recipe, data_file=data, samples=8, formats=("onnx",))
+    assert report.get("check: no NaN or infinity", "onnx").value is True
+    assert Checkpoint.open(tmp_path / "out").config["vocab_size"] == 128
+
+
+def test_a_graph_heals_on_pictures(tmp_path: Path) -> None:
+    """The smaller net's classes come nearer to those of the whole one, by KL."""
+    model, data = cnn(tmp_path / "net", "batch"), pictures(tmp_path / "data")
+    x = Checkpoint.open(model).task.prepare(read(data).examples)["input"]
+
+    def logits(folder: Path) -> np.ndarray:
+        with_graph = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+        return np.asarray(with_graph.run(None, {"input": x})[0])
+
+    far, cut = {}, "width:parameters=0.6,multiple=2,repair=false"
+    losses = "kl:temperature=2;weight=0.9+ce:weight=0.01"
+    heal = f"heal:epochs=30,batch=12,lr=0.01,data={data},losses={losses}"
+    for name, recipe in (("cut", cut), ("healed", f"{cut} | {heal}")):
+        api.compress(str(model), tmp_path / name, recipe, data_file=data, samples=32)
+        p, q = (torch.from_numpy(logits(folder)).log_softmax(-1) for folder in (model, tmp_path / name))
+        far[name] = float((p.exp() * (p - q)).sum(-1).mean())
+    assert far["healed"] < 0.5 * far["cut"]
+    assert Checkpoint.open(tmp_path / "healed").params == Checkpoint.open(tmp_path / "cut").params
+
+
+def test_what_cannot_be_healed_is_refused(tmp_path: Path, tiny_bert: Path) -> None:
     with pytest.raises(BadInput, match="one step"):
         Heal(steps=0)
-    with pytest.raises(Unsupported, match="running text"):
+    with pytest.raises(BadInput, match="no knob 'momentun'"):
+        Heal(options=("momentun=0.9",))
+    with pytest.raises(BadInput, match="no knob 'teacher'"):
+        Heal(options=("teacher=x",))
+    with pytest.raises(BadInput, match="sentences.txt"):
         Heal().expect(Checkpoint.open(tiny_bert))
+    with pytest.raises(BadInput, match="labels"):
+        Heal().expect(Checkpoint.open(cnn(tmp_path / "net", "group")))
     with pytest.raises(BadInput, match="no such data"):
         Heal(data="nowhere.txt").expect(Checkpoint.open(write_llama(tmp_path / "m")))
+    graph = tmp_path / "graph"
+    api.capture(torch.nn.Linear(4, 4), graph, {"input": torch.randn(2, 4)})
+    with pytest.raises(Unsupported, match="graphs that classify"):
+        Heal(data=str(graph)).expect(Checkpoint.open(graph))
 
 
 def test_a_start_from_the_teachers_layers(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import wherry
-from tests.conftest import write_bert, write_llama
+from tests.conftest import write_llama, write_wordpiece
 from wherry.checkpoint import Checkpoint
 from wherry.dependency.blocks import influence, merge
 from wherry.errors import BadInput, Unsupported
@@ -100,27 +100,9 @@ def test_perplexity_is_measured_without_each_layer(tmp_path: Path) -> None:
     assert step.chosen(module, "model.layers", 1, data, lambda *_: None) == [int(np.argmin(losses))]
 
 
-def wordpiece(folder: Path) -> Path:
-    """The tiny BERT with a WordPiece tokenizer of a few words."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-
-    write_bert(folder)
-    words = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-    words += [f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"]
-    words += ["boat", "##ing", "river", "the", "cargo", "old"]
-    words += [f"w{i}" for i in range(512 - len(words))]
-    tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 4), ("[CLS]", 3))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
-
-
 def test_vocabulary_keeps_what_is_used(tmp_path: Path) -> None:
     """Texts of kept tokens give the same states; a dropped word is spelled from characters."""
-    checkpoint = Checkpoint.open(wordpiece(tmp_path / "bert"))
+    checkpoint = Checkpoint.open(write_wordpiece(tmp_path / "bert"))
     (tmp_path / "out").mkdir()
     texts = ["the old boat", "river cargo boating"]
     step = Vocabulary(tokens="128", multiple=16)

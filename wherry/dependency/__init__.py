@@ -119,7 +119,11 @@ def trial(
 
 def free(flow: Flow) -> int:
     """How many lanes of parameters can be removed."""
-    return sum(sum(map(len, g.lanes.values())) for g in gather(flow) if not g.pinned)
+    stays = np.zeros(len(flow.parent), bool)
+    stays[flow.parent[list(flow.pinned)]] = True
+    values = (flow.record.parameters | flow.record.buffers).values()
+    found = (flow.labels(value, d) for value in values for d in range(value.rank))
+    return sum(int((~stays[labels[labels != NONE]]).sum()) for labels in found if labels is not None)
 
 
 def gather(flow: Flow) -> list[Group]:

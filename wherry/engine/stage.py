@@ -20,6 +20,7 @@ from wherry.journal import Units
 from wherry.recipe import Plan, Progress, roles
 from wherry.rows import holds_zero
 from wherry.scheme import QTensor, Scheme
+from wherry.task import Task
 
 Facts = list[dict[str, Any]]
 History = dict[str, dict[str, Any]]
@@ -48,20 +49,26 @@ def run(plan: Plan, given: Checkpoint, batches: list[Any], work: Units, out: Pat
     return assemble(plan, work, done, out)
 
 
-def lead(plan: Plan, batches: list[Any], folder: Path, progress: Progress) -> tuple[Plan, Checkpoint, History]:
-    """Do all stages but the last: the last one's plan with the model that is really there, that model, its history."""
+def lead(
+    plan: Plan, batches: list[Any], folder: Path, progress: Progress
+) -> tuple[Plan, Checkpoint, list[Any], History]:
+    """Do all stages but the last: the last one's plan with the model that is really there, that model, the batches
+    in its tokens, its history.
+    """
     stages, given = plan.parts, plan.checkpoint
     history: History = {}
     if not stages:
-        return plan, given, history
+        return plan, given, batches, history
+    first_batches = batches
     first = max((i for i in range(len(stages) - 1) if (folder / f"stage-{i}" / "model").exists()), default=-1)
     for i, part in enumerate(stages):
         work = folder / f"stage-{i}"
         if i > first:
             now = part if i == 0 else part.recipe.settle(given, part.formats, part.first)
             now.device = plan.device
+            batches = recut(first_batches, plan.checkpoint.task, given.task)
             if i == len(stages) - 1:
-                return now, given, history
+                return now, given, batches, history
             units = Units(work)
             say = staged(progress, i, len(stages), part.recipe.steps[-1].method)
             facts = run(now, given, batches, units, work / "making", say)
@@ -77,6 +84,17 @@ def lead(plan: Plan, batches: list[Any], folder: Path, progress: Progress) -> tu
             given = opened(work / "model", plan.checkpoint)
             history = json.loads((work / "facts.json").read_text())
     raise AssertionError("the last stage is returned")
+
+
+def recut(batches: list[Any], before: Task, now: Task) -> list[Any]:
+    """Calibration inputs in the tokens of a stage's model, where a stage has dropped tokens of the tokenizer."""
+    files = [task.folder / "tokenizer.json" for task in (before, now)]
+    if not batches or "input_ids" not in batches[0] or not all(file.is_file() for file in files):
+        return batches
+    if before.tokenizer.get_vocab_size() == now.tokenizer.get_vocab_size():
+        return batches
+    texts = (before.tokenizer.decode_batch(batch["input_ids"].tolist()) for batch in batches)
+    return [now.batch(each) for each in texts]
 
 
 KEPT = ("sparsity", "moved", "remade")

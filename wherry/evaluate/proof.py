@@ -8,17 +8,15 @@ Cost:   every tensor is decoded once and, with the original at hand, compared wi
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from wherry.artifact import BESIDE, MANIFEST, Artifact
 from wherry.errors import Corrupt, Error
-from wherry.evaluate import weights
+from wherry.evaluate import tokenizer, weights
 from wherry.evaluate.perplexity import Progress, silent
 from wherry.report import Report
 from wherry.scheme import Scheme
@@ -267,11 +265,11 @@ def _size(artifact: Artifact, plan: dict[str, Any], slack_bytes: int, report: Re
     report.add("check: size as forecast", where, held <= limit, note=note)
 
 
-def same_task(a: Task, b: Task, chat_template: str | None = None, where: str = "") -> Report:
+def same_task(a: Task, b: Task, chat_template: str | None = None, where: str = "", fewer: bool = False) -> Report:
     """Check that an artifact's task is the original's: what goes in and what ends an answer.
 
     Args:
-        a: the artifact's task. b: the original's.
+        a: the artifact's task. b: the original's. fewer: the recipe drops tokens: those that stay are compared.
         chat_template: the template that the artifact's main file itself carries (GGUF metadata), if it carries one.
         where: name of the artifact in the rows.
     """
@@ -287,9 +285,8 @@ def same_task(a: Task, b: Task, chat_template: str | None = None, where: str = "
         if getattr(a, name) != getattr(b, name)
     ]
     row("task", not other, a.kind, "; ".join(other))
-    ours, theirs = _tokenizer(a.folder), _tokenizer(b.folder)
-    parts = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-    row("tokenizer", not parts, "tokenizer.json says the same", f"tokenizer.json differs in {', '.join(parts)}")
+    parts, good = tokenizer.differs(a.folder, b.folder, fewer)
+    row("tokenizer", not parts, good, f"tokenizer.json differs in {', '.join(parts)}")
     special = ("bos_token", "eos_token", "pad_token", "unk_token")
     words = [name for name in special if _text(a, name) != _text(b, name)]
     texts = [f"{name} {_text(a, name)!r}, not {_text(b, name)!r}" for name in words]
@@ -304,15 +301,6 @@ def same_task(a: Task, b: Task, chat_template: str | None = None, where: str = "
     wrong = [f"that of {place} {_first_difference(text, wanted)}" for place, text in carried.items() if text != wanted]
     row("chat template", not wrong, "the same" if wanted else "none, as in the original", "; ".join(wrong))
     return report
-
-
-def _tokenizer(folder: Path) -> dict[str, Any]:
-    """tokenizer.json without what a call may set: padding and truncation."""
-    file = folder / "tokenizer.json"
-    if not file.exists():
-        return {}
-    data = json.loads(file.read_text(encoding="utf8"))
-    return {key: value for key, value in data.items() if key not in ("padding", "truncation")}
 
 
 def _text(task: Task, name: str) -> str:

@@ -206,6 +206,7 @@ def test_what_compile_and_use_cache_are_not_for(job: Job) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own compiler
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 def test_compiled_it_is_the_same_run(job: Job, tmp_path: Path) -> None:
     """Losses of the plain run but for the order of sums; resumed, the same bits; operations are counted."""

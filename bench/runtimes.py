@@ -16,6 +16,7 @@ import ctypes as c
 import datetime
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -65,13 +66,19 @@ class Native:
 
 
 class Llamacpp:
-    """llama.cpp by the C functions of the xllamacpp wheel, its sequences in one batch."""
+    """llama.cpp by the C functions of the xllamacpp wheel, its sequences in one batch.
+
+    `llamacpp:own` is a build for this processor: the variable LLAMA_CPP_LIBRARY says where its libllama.so is.
+    """
 
     def __init__(self, file: Path, threads: int, variant: str) -> None:
         from wherry.runtimes.llamacpp import direct
 
         assert not direct.unusable(), direct.unusable()
         self.d, self.lib = direct, direct.library()
+        if variant == "own":
+            self.lib = direct.typed(c.CDLL(os.environ["LLAMA_CPP_LIBRARY"]))
+            self.lib.llama_backend_init()
         model = self.lib.llama_model_load_from_file(str(file).encode(), self.lib.llama_model_default_params())
         parameters = self.lib.llama_context_default_params()
         for i, value in enumerate((8 * 2176, 2048, 512, 16)):

@@ -83,7 +83,11 @@ def _listen(level: int, text: bytes, _: None) -> None:
 @cache
 def library() -> c.CDLL:
     """The wheel's library with typed functions. Raises AttributeError or OSError when it does not export them."""
-    lib = c.CDLL(sys.modules["xllamacpp.xllamacpp"].__file__)
+    return typed(c.CDLL(sys.modules["xllamacpp.xllamacpp"].__file__))
+
+
+def typed(lib: c.CDLL) -> c.CDLL:
+    """A library of llama.cpp, its functions given their types."""
     for name, (result, arguments) in FUNCTIONS.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments

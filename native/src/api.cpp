@@ -33,7 +33,7 @@ struct Handle {  // a model that is filled, then an engine that has it
 #define API extern "C" __attribute__((visibility("default")))
 
 API const char* wn_error() { return failure.c_str(); }
-API int wn_version() { return 3; }
+API int wn_version() { return 4; }
 API int wn_isas() { return isa_count(); }
 API const char* wn_isa_name(int i) { return i < 0 ? best_isa()->name : i < isa_count() ? isa_name(i) : ""; }
 API int wn_isa_runs(int i) { return i >= 0 && i < isa_count() && isa(i) != nullptr; }
@@ -95,17 +95,18 @@ API int wn_fill(Handle* h, int part, int layer, const uint8_t* data, int64_t siz
 }
 
 API int wn_start(Handle* h, int isa, int threads, const int* cores, int core_count, int pages, int sequences,
-                 int bits) {
+                 int bits, int cache_bits) {
     return guarded([&] {
         const Kernels* k = chosen(isa);
         if (!k) return fail("this processor cannot run these kernels");
         if (!h->model || threads < 1 || threads > 1024 || pages < 1 || sequences < 1 || sequences > TOKENS / 2)
             return fail("threads, pages or sequences out of range");
         if (bits != 8 && bits != 16) return fail("activations of other than 8 or 16 bits");
+        if (cache_bits != 8 && cache_bits != 16) return fail("keys and values of other than 8 or 16 bits");
         std::string missing = h->model->whole();
         if (!missing.empty()) return fail(missing);
         h->engine = std::make_unique<Engine>(std::move(h->model), *k, threads, std::vector<int>(cores, cores + core_count),
-                                             pages, sequences, bits);
+                                             pages, sequences, bits, cache_bits == 8);
         return 0;
     });
 }

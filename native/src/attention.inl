@@ -1,6 +1,7 @@
-// Attention over pages of bf16 keys and values, softmax block by block.
+// Attention over pages of keys and values in bf16 or in bytes, softmax block by block.
 //
-//   page of a head   keys [2][width / 2][16 positions][2], values [16 pairs of positions][width up to 16][2]
+//   page of a head   keys [2][width / 2][16 positions][2], values [16 pairs of positions][width up to 16][2];
+//                    where these are bytes, float scales of 32 keys and of 32 values behind them
 // Source: Milakov, Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867.
 
 inline uint16_t brain(float f) {  // rounded to nearest, ties to even
@@ -9,16 +10,46 @@ inline uint16_t brain(float f) {  // rounded to nearest, ties to even
     return uint16_t((x + 0x7fff + ((x >> 16) & 1)) >> 16);
 }
 
-void store(const float* key, const float* value, int width, uint8_t* page, int slot) {
+// Where a head's page has what: keys first, then values, then the scales of both, where these are bytes.
+template <bool BYTES> struct Place {
+    static constexpr int SIZE = BYTES ? 1 : 2;  // bytes of a number
+    static size_t values(int wide) { return size_t(PAGE) * wide * SIZE; }
+    static const float* scales(const uint8_t* page, int wide) { return (const float*)(page + 2 * values(wide)); }
+};
+
+// The scale of a row in bytes; `by` is what its numbers are multiplied with. NaN and infinity make the scale NaN.
+inline float scale8(const float* x, int width, float& by) {
+    float most = 0, wrong = 0;
+    for (int d = 0; d < width; d++) {
+        float size = __builtin_fabsf(x[d]);
+        most = size > most ? size : most, wrong += x[d] * 0;
+    }
+    by = wrong == wrong && most > 1e-30f ? 127 / most : 0;
+    return wrong == wrong ? by > 0 ? most / 127 : 0 : wrong;
+}
+
+inline uint8_t byte(float x, float by) { return by > 0 ? uint8_t(int8_t(__builtin_rintf(x * by))) : 0; }
+
+void store(const float* key, const float* value, int width, uint8_t* page, int slot, bool bytes) {
+    const int wide = (width + 15) / 16 * 16;
+    if (bytes) {
+        float *scale = (float*)Place<true>::scales(page, wide), by;
+        scale[slot] = scale8(key, width, by);
+        uint8_t* k = page + size_t(slot / 16) * width * 16 + slot % 16 * 2;
+        for (int d = 0; d < width; d++) k[d / 2 * 32 + d % 2] = byte(key[d], by);
+        scale[PAGE + slot] = scale8(value, width, by);
+        uint8_t* v = page + Place<true>::values(wide) + size_t(slot / 2) * wide * 2 + slot % 2;
+        for (int d = 0; d < width; d++) v[2 * d] = byte(value[d], by);
+        return;
+    }
     uint16_t* k = (uint16_t*)page + size_t(slot / 16) * width * 16 + slot % 16 * 2;
     for (int d = 0; d < width / 2; d++) k[d * 32] = brain(key[2 * d]), k[d * 32 + 1] = brain(key[2 * d + 1]);
-    int wide = (width + 15) / 16 * 16;
     uint16_t* v = (uint16_t*)page + size_t(PAGE) * wide + size_t(slot / 2) * wide * 2 + slot % 2;
     for (int d = 0; d < width; d++) v[2 * d] = brain(value[d]);
 }
 
 // Scores of a page's 32 positions for M queries.
-template <int M> void scores(const uint8_t* page, int width, const Two* q, float* out, size_t stride) {
+template <int M, bool BYTES> void scores(const uint8_t* page, int width, const Two* q, float* out, size_t stride) {
     constexpr int V = 2;  // vectors at once
     for (int at = 0; at < PAGE; at += V * LANES) {
         vf f[V][M];
@@ -27,32 +58,36 @@ template <int M> void scores(const uint8_t* page, int width, const Two* q, float
         const uint8_t* p[V];
         for (int v = 0; v < V; v++) {
             int pos = at + v * LANES;
-            p[v] = page + (size_t(pos / 16) * width * 16 + pos % 16 * 2) * 2;
+            p[v] = page + (size_t(pos / 16) * width * 16 + pos % 16 * 2) * Place<BYTES>::SIZE;
         }
         for (int d = 0; d < width / 2; d++)
 #pragma GCC unroll 2
             for (int v = 0; v < V; v++) {
-                vi k = load(p[v] + d * 64);
+                vi k = BYTES ? pairs8(p[v] + d * 32) : load(p[v] + d * 64);
 #pragma GCC unroll 8
                 for (int m = 0; m < M; m++) f[v][m] = dot2(f[v][m], k, q[m * (width / 2) + d]);
             }
         for (int v = 0; v < V; v++)
-            for (int m = 0; m < M; m++) storef(out + m * stride + at + v * LANES, f[v][m]);
+            for (int m = 0; m < M; m++) {
+                if (BYTES) f[v][m] = mul(f[v][m], loadf(Place<BYTES>::scales(page, (width + 15) / 16 * 16) + at + v * LANES));
+                storef(out + m * stride + at + v * LANES, f[v][m]);
+            }
     }
 }
 
 // out[m][0..wide) += probabilities of `pairs` pairs of positions times values
-template <int M> void values(const Attend& a, int block, int pairs, const Two* p, float* out) {
+template <int M, bool BYTES> void values(const Attend& a, int block, int pairs, const Two* p, float* out) {
     const int wide = (a.width + 15) / 16 * 16;
     for (int d = 0; d < wide; d += LANES) {
         vf f[M];
         for (int m = 0; m < M; m++) f[m] = loadf(out + m * wide + d);
         for (int at = 0; at < pairs; at += PAGE / 2) {
             const uint8_t* v = a.base + a.page_bytes * a.pages[(block + 2 * at) / PAGE] + a.head_offset +
-                               size_t(PAGE) * wide * 2 + d * 4;
+                               Place<BYTES>::values(wide) + d * 2 * Place<BYTES>::SIZE;
             int n = pairs - at < PAGE / 2 ? pairs - at : PAGE / 2;
             for (int i = 0; i < n; i++) {
-                vi w = load(v + size_t(i) * wide * 4);
+                const uint8_t* at_pair = v + size_t(i) * wide * 2 * Place<BYTES>::SIZE;
+                vi w = BYTES ? pairs8(at_pair) : load(at_pair);
 #pragma GCC unroll 8
                 for (int m = 0; m < M; m++) f[m] = dot2(f[m], w, p[m * (BLOCK / 2) + at + i]);
             }
@@ -61,7 +96,7 @@ template <int M> void values(const Attend& a, int block, int pairs, const Two* p
     }
 }
 
-template <int M> void attend_m(Attend& a) {
+template <int M, bool BYTES> void attend_m(Attend& a) {
     const int wide = (a.width + 15) / 16 * 16, half = a.width / 2;
     float* score = a.scratch;                       // [M][BLOCK]
     Two* q = (Two*)(score + QUERIES * BLOCK);       // [M][width / 2], two floats each at most
@@ -79,14 +114,14 @@ template <int M> void attend_m(Attend& a) {
         for (int g = first; g < last; g++) {
             const uint8_t* page = a.base + a.page_bytes * a.pages[block / PAGE + g] + a.head_offset;
             if (a.cold) {  // the next keys, and the values of these
-                const int size = PAGE * wide * 2;
+                const int size = int(Place<BYTES>::values(wide));
                 if (g + 1 < last) {
                     const uint8_t* next = a.base + a.page_bytes * a.pages[block / PAGE + g + 1] + a.head_offset;
                     for (int i = 0; i < size; i += 64) ahead(next + i);
                 }
                 for (int i = size; i < 2 * size; i += 64) ahead(page + i);
             }
-            scores<M>(page, a.width, q, score + g * PAGE, BLOCK);
+            scores<M, BYTES>(page, a.width, q, score + g * PAGE, BLOCK);
         }
         for (int m = 0; m < M; m++) {
             float* s = score + m * BLOCK;
@@ -113,27 +148,35 @@ template <int M> void attend_m(Attend& a) {
                 storef(s + i, v);
                 sum = add(sum, v);
             }
+            for (int g = first; BYTES && g < last; g++) {  // the values' scales: they are multiplied with these
+                const uint8_t* page = a.base + a.page_bytes * a.pages[block / PAGE + g] + a.head_offset;
+                const float* scale = Place<BYTES>::scales(page, wide) + PAGE;
+                for (int i = 0; i < PAGE; i += LANES)
+                    storef(s + g * PAGE + i, mul(loadf(s + g * PAGE + i), loadf(scale + i)));
+            }
             for (int i = first * PAGE; i < b; i++) s[i] = 0;  // e^-87 is small, but what is not seen counts nothing
             for (int i = e; i < last * PAGE; i++) s[i] = 0;
             a.total[m] += total(sum);
             twos(s + first * PAGE, (last - first) * PAGE, pm + first * PAGE / 2);
             for (int i = 0; i < first * PAGE / 2; i++) pm[i] = two(0, 0);
         }
-        values<M>(a, block, (high + 1) / 2, p, a.out);
+        values<M, BYTES>(a, block, (high + 1) / 2, p, a.out);
     }
 }
 
-void attend(Attend& a) {
+template <bool BYTES> void attend_any(Attend& a) {
     switch (a.queries) {
-        case 1: return attend_m<1>(a);
-        case 2: return attend_m<2>(a);
-        case 3: return attend_m<3>(a);
-        case 4: return attend_m<4>(a);
-        case 5: return attend_m<5>(a);
-        case 6: return attend_m<6>(a);
-        case 7: return attend_m<7>(a);
-        default: return attend_m<8>(a);
+        case 1: return attend_m<1, BYTES>(a);
+        case 2: return attend_m<2, BYTES>(a);
+        case 3: return attend_m<3, BYTES>(a);
+        case 4: return attend_m<4, BYTES>(a);
+        case 5: return attend_m<5, BYTES>(a);
+        case 6: return attend_m<6, BYTES>(a);
+        case 7: return attend_m<7, BYTES>(a);
+        default: return attend_m<8, BYTES>(a);
     }
 }
+
+void attend(Attend& a) { a.bytes ? attend_any<true>(a) : attend_any<false>(a); }
 
 const Kernels TABLE = {ISA_NAME, quantize, norm, silu, peak, panel, pair, turn, store, attend};

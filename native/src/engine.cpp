@@ -12,8 +12,8 @@ constexpr int CHUNK = 128;  // tokens of prompts in a step that others wait for
 }  // namespace
 
 Engine::Engine(std::unique_ptr<Model> m, const Kernels& k, int threads, std::vector<int> cores, int pages, int sequences,
-               int bits)
-    : model_(std::move(m)), cache_(model_->c, pages), pages_(pages), pool_(threads, std::move(cores)),
+               int bits, bool bytes)
+    : model_(std::move(m)), cache_(model_->c, pages, bytes), pages_(pages), pool_(threads, std::move(cores)),
       runner_(*model_, cache_, k, pool_, bits), sequences_(sequences), peak_(k.peak) {
     thread_ = std::thread([this] { loop(); });
 }

@@ -21,7 +21,7 @@ struct Stats {
 class Engine {
   public:
     Engine(std::unique_ptr<Model> m, const Kernels& k, int threads, std::vector<int> cores, int pages, int sequences,
-           int bits);
+           int bits, bool bytes);
     ~Engine();
     // Number of the request, or the reason why it is refused. logits: [count - 1][vocab] of a text to score, else null.
     std::string submit(const int* tokens, int count, const Sampling& s, const int* stop, int stops, float* logits, int& id);

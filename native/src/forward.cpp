@@ -227,7 +227,7 @@ void Runner::heads(int tid, const Layer& l, int layer) {
                 for (int d = 0; d < c.width; d++) q[d] *= scale;
             }
             uint8_t* page = cache_.data + cache_.layer * layer + cache_.page * r.pages[position / PAGE] + cache_.head * h;
-            kernels_.store(k, row + value + h * c.width, c.width, page, position % PAGE);
+            kernels_.store(k, row + value + h * c.width, c.width, page, position % PAGE, cache_.bytes);
         }
 }
 
@@ -238,6 +238,7 @@ void Runner::attention(int tid, const Layer& l, int layer) {
     float* scratch = aligned(scratch_[tid]);
     Attend a;
     a.base = cache_.data + cache_.layer * layer, a.page_bytes = cache_.page, a.width = c.width;
+    a.bytes = cache_.bytes;
     a.out = scratch, a.scratch = scratch + QUERIES * wide;
     for (int i; (i = next_[layer].fetch_add(1, std::memory_order_relaxed)) < int(units_.size());) {
         const Unit& u = units_[i];

@@ -94,6 +94,13 @@ template <int BITS, int N> inline vi dot(vi acc, const vi* w, const int8_t* x) {
     return acc;
 #endif
 }
+// pairs of bf16 from pairs of bytes: these integers are exact there
+inline vi pairs8(const void* p) {
+    vi v = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+    vi even = _mm256_castps_si256(cvt(_mm256_srai_epi32(_mm256_slli_epi32(v, 16), 16)));
+    vi odd = _mm256_castps_si256(cvt(_mm256_srai_epi32(v, 16)));
+    return bor(_mm256_srli_epi32(even, 16), band(odd, seti(int(0xffff0000))));
+}
 inline void ahead(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 struct Two { float a, b; };

@@ -54,6 +54,13 @@ template <int BITS, int N> inline vi dot(vi acc, const vi* w, const int8_t* x) {
     return acc;
 }
 inline vi dot1(vi acc, vi w, vi x) { return _mm512_dpbusd_epi32(acc, w, x); }
+// pairs of bf16 from pairs of bytes: these integers are exact there
+inline vi pairs8(const void* p) {
+    vi v = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+    vi even = _mm512_castps_si512(cvt(_mm512_srai_epi32(_mm512_slli_epi32(v, 16), 16)));
+    vi odd = _mm512_castps_si512(cvt(_mm512_srai_epi32(v, 16)));
+    return bor(_mm512_srli_epi32(even, 16), band(odd, seti(int(0xffff0000))));
+}
 inline void ahead(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 #ifdef __AVX512BF16__

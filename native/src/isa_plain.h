@@ -50,6 +50,15 @@ template <int BITS, int N> inline vi dot(vi acc, const vi* w, const int8_t* x) {
         EACH for (int i = 0; i < 4; i++) acc.v[l] += uint32_t(int32_t((w[j].v[l] >> 8 * i) & 255) * x[4 * j + i]);
     return acc;
 }
+// pairs of bf16 from pairs of bytes: these integers are exact there
+inline vi pairs8(const void* p) {
+    vi r;
+    EACH {
+        const int8_t* q = (const int8_t*)p + 2 * l;
+        r.v[l] = __builtin_bit_cast(uint32_t, float(q[0])) >> 16 | (__builtin_bit_cast(uint32_t, float(q[1])) & 0xffff0000u);
+    }
+    return r;
+}
 inline void ahead(const void*) {}
 
 struct Two { float a, b; };

@@ -91,8 +91,8 @@ size_t Model::bytes() const {
     return sum;
 }
 
-Cache::Cache(const Config& c, int count) : pages(count) {
-    head = head_bytes(c.width), page = head * c.kv_heads, layer = page * count, size = layer * c.layers;
+Cache::Cache(const Config& c, int count, bool in_bytes) : pages(count), bytes(in_bytes) {
+    head = head_bytes(c.width, bytes), page = head * c.kv_heads, layer = page * count, size = layer * c.layers;
     void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
     data = static_cast<uint8_t*>(p);

@@ -63,7 +63,8 @@ struct Cache {
     uint8_t* data = nullptr;
     size_t head = 0, page = 0, layer = 0, size = 0;  // bytes
     int pages = 0;
-    Cache(const Config& c, int pages);
+    bool bytes = false;  // of 8 bits, else bf16
+    Cache(const Config& c, int pages, bool bytes);
     ~Cache();
     Cache(const Cache&) = delete;
     Cache& operator=(const Cache&) = delete;

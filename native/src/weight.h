@@ -66,6 +66,7 @@ struct Attend {
     size_t page_bytes = 0, head_offset = 0;
     const int* pages = nullptr;
     int width = 0;  // of a head
+    bool bytes = false;  // keys and values of 8 bits
     int from = 0, to = 0, queries = 0;
     bool cold = false;  // nobody has just read these pages: fetch them ahead
     const float* q[QUERIES];          // scaled
@@ -89,14 +90,17 @@ struct Kernels {
     void (*pair)(const Weight& a, int pa, const Weight& b, int pb, const Act& x, int first, int count, float* scratch,
                  float* out, size_t stride, bool add);
     void (*turn)(float* head, int width, const float* cosine, const float* sine, bool neighbours);
-    void (*store)(const float* key, const float* value, int width, uint8_t* page, int slot);
+    void (*store)(const float* key, const float* value, int width, uint8_t* page, int slot, bool bytes);
     void (*attend)(Attend& a);
 };
 
 // floats that `panel` and `pair` need for weights of up to k inputs; `attend` needs attend_space()
 inline size_t workspace(int k) { return size_t(up(k, 256)) / 16 * ROWS * 4 + size_t(up(k, GROUP)) * 32 / 4 + 256; }
 inline size_t attend_space(int width) { return size_t(QUERIES) * (up(width, 16) + BLOCK * 3) + 64; }
-inline size_t head_bytes(int width) { return size_t(PAGE) * up(width, 16) * 2 * 2; }  // keys and values of a page
+// keys and values of a page of one head: 2 of bf16, or 2 of bytes and a float scale of each for every position
+inline size_t head_bytes(int width, bool bytes) {
+    return size_t(PAGE) * up(width, 16) * 2 * (bytes ? 1 : 2) + (bytes ? PAGE * 2 * 4 : 0);
+}
 
 int isa_count();
 const Kernels* isa(int i);  // nullptr: this processor cannot run it

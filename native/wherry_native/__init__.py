@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-__version__ = "0.2.0"
-INTERFACE = 3
+__version__ = "0.3.0"
+INTERFACE = 4
 PARTS = (
     "embed", "head", "norm", "attention_norm", "mlp_norm", "q", "k", "v", "o", "gate", "up", "down", "q_norm", "k_norm",
 )  # fmt: skip
@@ -69,7 +69,7 @@ def _library() -> c.CDLL:
         "wn_vector": (i, [p, i, i, i, p, i]),
         "wn_weight": (i, [p] + [i] * 10),
         "wn_fill": (i, [p, i, i, p, i64, p, p, i, i]),
-        "wn_start": (i, [p, i, i, ints, i, i, i, i]),
+        "wn_start": (i, [p, i, i, ints, i, i, i, i, i]),
         "wn_submit": (i, [p, ints, i, c.POINTER(Sampling), ints, i, p]),
         "wn_read": (i, [p, i, ints, floats, i, i, c.c_double, ints]),
         "wn_cancel": (None, [p, i]), "wn_stats": (None, [p, c.POINTER(Stats)]),
@@ -167,16 +167,16 @@ class Engine:
         _good(lib.wn_fill(self.handle, *place))
 
     def start(
-        self,
-        isa: str = "",
-        threads: int = 1,
-        cores: Sequence[int] = (),
-        pages: int = 64,
-        sequences: int = 32,
-        bits: int = 8,
-    ) -> None:
-        """Start the engine's threads. pages: of 32 tokens, for all sequences together. bits: of activations, 8 or 16."""
-        _good(lib.wn_start(self.handle, isa_number(isa), threads, _ints(cores), len(cores), pages, sequences, bits))
+        self, isa: str = "", threads: int = 1, cores: Sequence[int] = (), pages: int = 64, sequences: int = 32,
+        bits: int = 8, cache_bits: int = 16,
+    ) -> None:  # fmt: skip
+        """Start the engine's threads.
+
+        pages: of 32 tokens, for all sequences together. bits: of activations, 8 or 16. cache_bits: of keys and values,
+        16 (bf16) or 8 (with a scale for each head and token).
+        """
+        numbers = (isa_number(isa), threads, _ints(cores), len(cores), pages, sequences, bits, cache_bits)
+        _good(lib.wn_start(self.handle, *numbers))
 
     def submit(
         self, tokens: Sequence[int], sampling: Sampling, stop: Sequence[int] = (), logits: np.ndarray | None = None

@@ -112,6 +112,46 @@ def test_activations_of_16_bits_are_the_float_computation(scheme: str, tiny_llam
     assert kl[8] > 5 * kl[16]
 
 
+class InBytes(t.DynamicCache):
+    """transformers' own cache, each head of each token rounded to 127 steps on either side."""
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        def rounded(x: torch.Tensor) -> torch.Tensor:
+            scale = x.abs().amax(-1, keepdim=True) / 127
+            return (x / scale).round() * scale
+
+        return super().update(rounded(keys), rounded(values), *rest, **more)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_keys_and_values_of_8_bits(isa: str, artifact: Artifact, tiny_llama: Path) -> None:
+    """The same as transformers with a cache that is rounded so; and not what it is without."""
+    module = Checkpoint.open(tiny_llama).module()
+    with torch.no_grad():
+        out = module(torch.tensor([TOKENS]), past_key_values=InBytes(config=module.config), use_cache=True)
+    expected = torch.log_softmax(out.logits[0, :-1].double(), -1).numpy()
+    made = load(artifact, f"native:cache=int8,isa={isa}", 2)
+    found = log_softmax(made.score(TOKENS).logits)
+    assert made.facts["kv cache"].startswith("int8")
+    made.close()
+    kl, change = divergence(expected, found), divergence(reference(Checkpoint.open(tiny_llama), TOKENS), found)
+    print(f"{isa}: KL {kl:.1e} nats to the rounded cache, {change:.1e} to floats")
+    assert kl < 2e-5
+    assert kl < change / 3
+
+
+@pytest.mark.parametrize("kind", ["llama-odder", "llama-head-48", "mistral-window"])
+def test_odd_heads_and_windows_in_8_bits(kind: str, tmp_path: Path) -> None:
+    """And the same tokens in one piece or many: the same bits."""
+    folder = write_family(tmp_path / kind, kind)
+    made = load(artifacts(folder)[0], "native:cache=int8", 2)
+    whole = log_softmax(made.score(TOKENS).logits)
+    assert divergence(reference(Checkpoint.open(folder), TOKENS), whole) < 1e-3
+    greedy = list(made.generate(TOKENS[:-1], Sampling(max_tokens=1)))
+    assert greedy == [int(whole[len(TOKENS) - 2].argmax())]
+    made.close()
+
+
 def test_knobs_of_the_runtime(rounded: Artifact) -> None:
     made = load(rounded, "native:isa=plain,context=64,pinned=true", 1)
     assert made.facts["isa"] == "plain"

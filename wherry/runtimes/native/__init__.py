@@ -8,7 +8,7 @@ Source: native/ in this repository; docs/native.md.
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -19,7 +19,7 @@ from wherry.errors import BadInput, Diverged, Exhausted, Unsupported
 from wherry.runtimes.native.shape import Shape
 from wherry.session import NoPredict, Sampling, Score, Session, scored
 
-INTERFACE = 3  # of the wheel that this file speaks to
+INTERFACE = 4  # of the wheel that this file speaks to
 if wherry_native.INTERFACE != INTERFACE:
     raise ModuleNotFoundError("the native wheel is of another version than wherry", name="wherry_native")
 
@@ -49,6 +49,7 @@ def load(
     cache_tokens: int = 0,
     pinned: bool = False,
     activations: int = 8,
+    cache: Literal["recorded", "float", "int8"] = "recorded",
 ) -> Session:
     """Read the weights once, into panels of the same integers.
 
@@ -62,6 +63,8 @@ def load(
         pinned: bind each thread to a core of its own.
         activations: bits that the inputs of products are rounded to, 8 or 16 (exact to about 2^-16, at about half the
             speed where arithmetic is the limit).
+        cache: keys and values are kept as the artifact says ("recorded"), in bf16 ("float"), or in 8 bits with a scale
+            for each head and token ("int8"): half the memory of a context.
 
     Raises:
         Unsupported: another architecture, or weights of a type that is not read.
@@ -76,15 +79,18 @@ def load(
     threads = threads or len(cores)
     source = weights.source(artifact)
     shape = source.shape
+    kept = artifact.manifest.get("kv_cache") if cache == "recorded" else cache
+    bits = 8 if kept == "int8" else 16
+    token_bytes = shape.token_bytes(bits)
     context = min(context or CONTEXT, shape.context) if not context else context
     tokens = cache_tokens or max(context, CACHE_TOKENS)
     room = psutil.virtual_memory().available // 4
     if not cache_tokens:
-        tokens = max(min(tokens, room // shape.token_bytes), min(context, tokens))
-    if tokens * shape.token_bytes > 4 * room or source.bytes > 4 * room:
+        tokens = max(min(tokens, room // token_bytes), min(context, tokens))
+    if tokens * token_bytes > 4 * room or source.bytes > 4 * room:
         raise Exhausted(
             f"{artifact.path}: weights of {source.bytes / 1e9:.1f} GB and keys and values of "
-            f"{tokens * shape.token_bytes / 1e9:.1f} GB do not fit in {4 * room / 1e9:.1f} GB of free memory.\n"
+            f"{tokens * token_bytes / 1e9:.1f} GB do not fit in {4 * room / 1e9:.1f} GB of free memory.\n"
             f"Free memory, or take a smaller context."
         )
     try:
@@ -92,7 +98,7 @@ def load(
         try:
             source.fill(engine)
             pages = -(-tokens // PAGE)
-            engine.start(isa, threads, cores if pinned else (), pages, SEQUENCES, activations)
+            engine.start(isa, threads, cores if pinned else (), pages, SEQUENCES, activations, bits)
         except BaseException:
             engine.close()
             raise
@@ -103,9 +109,11 @@ def load(
         raise kind(f"{artifact.path}: the native runtime does not run it: {error}") from error
     facts = {
         "runtime": "native", **available(), "isa": isa or wherry_native.best_isa(), "threads": str(threads),
-        "device": "cpu", "format": artifact.format, "context": str(context), "cache": f"{pages * PAGE} tokens, bf16",
-        "activations": f"{activations} bits",
+        "device": "cpu", "format": artifact.format, "context": str(context),
+        "cache": f"{pages * PAGE} tokens of {bits} bits", "activations": f"{activations} bits",
     }  # fmt: skip
+    if bits == 8:
+        facts["kv cache"] = "int8, a scale for each head and token"
     return Native(engine, shape, context, facts)
 
 

@@ -31,10 +31,9 @@ class Shape:
     rotary_factor: float
     windows: tuple[int, ...]
 
-    @property
-    def token_bytes(self) -> int:
-        """Of keys and values of one token, in bf16."""
-        return self.layers * self.kv_heads * -(-self.width // 16) * 16 * 2 * 2
+    def token_bytes(self, bits: int) -> int:
+        """Of keys and values of one token, in bf16 or in 8 bits with float scales."""
+        return self.layers * self.kv_heads * 2 * (-(-self.width // 16) * 16 * bits // 8 + (4 if bits == 8 else 0))
 
     def config(self, context: int) -> Any:
         """The engine's structure."""

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import logging
 import os
 import re
 import signal
@@ -670,3 +671,20 @@ def test_two_servers_in_one_process_do_not_mix(url, writer):
         assert other != url
         assert metric(other, "wherry_tokens_total", direction="out") == 0
     assert threading.active_count() < 50
+
+
+def test_log_handlers_of_the_process_live_on(writer):
+    """A server inside of a program, or of a test, ends nobody else's log."""
+    ended = []
+
+    class Handler(logging.Handler):
+        def close(self):
+            ended.append(self)
+            super().close()
+
+    handler = Handler()
+    logging.getLogger("somebody").addHandler(handler)
+    with serving(create_app(*writer)) as url:
+        assert httpx.get(f"{url}/health/ready").status_code == 200
+    assert ended == []
+    logging.getLogger("somebody").removeHandler(handler)

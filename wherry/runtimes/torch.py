@@ -49,9 +49,7 @@ class Torch:
 
     grade = "A"
 
-    def __init__(
-        self, checkpoint: Checkpoint, device: str = "cpu", threads: int = 0, cache: str = "recorded"
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", threads: int = 0, cache: str = "recorded") -> None:
         if device != "cpu" and not torch.cuda.is_available():
             raise BadInput(f"--device {device}: torch sees no such device here; use cpu")
         if threads:

@@ -83,8 +83,9 @@ class Server(uvicorn.Server):
     """uvicorn that drains before it closes its door, and does not die of the signal that it obeyed."""
 
     def __init__(self, app: Starlette, sock: socket.socket, grace_s: float, say: Callable[[str], None]) -> None:
+        # log_config: uvicorn's own would end every log handler of the process, absl's with its closed stream among them
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, lifespan="on", ws="none",
+            app, log_level="warning", log_config=None, access_log=False, server_header=False, lifespan="on", ws="none",
             timeout_graceful_shutdown=5,
         )  # fmt: skip
         super().__init__(config)

@@ -21,7 +21,7 @@ def test_against_the_textbook_loop() -> None:
     ours = method.solve(w, method.observe(None, x, ref))
     X, D = x.double(), (ref - x).double()
     H = X.T @ X / 300
-    scale, zero = grid.search(w, S, grid.portable, H.diagonal().float())
+    scale, zero = grid.search(w, S, grid.portable, H.diagonal().float(), norm=3.0)
     U = torch.linalg.cholesky(torch.linalg.inv(H + 0.01 * H.diagonal().mean() * torch.eye(64)), upper=True)
     P = ((D.T @ X / 300) @ U.T).triu(1) @ U
     assert zero is not None
@@ -73,3 +73,14 @@ def test_signs_take_no_more_of_the_correction_than_helps() -> None:
         gained.append(bool(notes))
         assert not notes or "alpha=" in notes[0]
     assert any(gained)
+
+
+def test_few_tokens_and_signs_are_rounded() -> None:
+    """200 tokens for 256 inputs, hardly damped: what fits is far from the weight; it is rounded, and a remark says so."""
+    torch.manual_seed(0)
+    ref, w = inputs(200, 256), torch.randn(16, 256)
+    scheme, notes = Scheme.parse("W1A16,group_size=32"), []
+    method = GPTAQ(scheme=scheme, damp=1e-6)
+    q = method.solve(w, method.observe(None, ref + 0.5 * inputs(200, 256, seed=3), ref), notes)
+    assert float((q.decode() - w).norm() / w.norm()) < 0.9
+    assert any("200 tokens" in note for note in notes)

@@ -51,7 +51,8 @@ def test_white_inputs_make_it_round_to_nearest(method: str, scheme: str) -> None
     knobs |= {"damp": 0, "refit": False} if method != "awq" else {}
     ours = solve(method, w, x, **knobs)
     step = build(method, knobs)
-    nearest = grid.encode(w, step.scheme, *grid.search(w, step.scheme, step.rounding))
+    ranges = grid.search(w, step.scheme, step.rounding, norm=getattr(step, "norm", 2.0))
+    nearest = grid.encode(w, step.scheme, *ranges)
     assert torch.equal(ours.code, nearest.code)
     assert torch.equal(ours.scale, nearest.scale)
 

@@ -175,11 +175,12 @@ def settled(
 
 def search(
     w: torch.Tensor, scheme: Scheme, rounding: Rounding | None, importance: torch.Tensor | None = None,
-    least: float = 0.4, steps: int = 31,
+    least: float = 0.4, steps: int = 31, norm: float = 2.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Scale and zero of each group whose range, shrunk by 1 to `least`, gives the smallest weighted squared error.
 
     importance: [k], weight of each input's error (the diagonal of the Hessian), or None for plain squared error.
+    norm: power of the error in place of 2; a higher one clips less.
     Source: the search of llm-compressor's observers memoryless_mse and imatrix_mse. Cost: `steps` roundings of w.
     """
     if scheme.table == "binary":
@@ -187,7 +188,7 @@ def search(
     whole = scheme.nested or scheme.scale == "float8_e4m3fn"  # scales of which depend on one another
     rows = max(1, (CPU_CHUNK if w.device.type == "cpu" else DEVICE_CHUNK) // w.shape[-1])
     if not whole and w.ndim == 2 and len(w) > rows:
-        found = [search(part, scheme, rounding, importance, least, steps) for part in w.split(rows)]
+        found = [search(part, scheme, rounding, importance, least, steps, norm) for part in w.split(rows)]
         zeros = [zero for _, zero in found if zero is not None]
         return torch.cat([scale for scale, _ in found]), torch.cat(zeros) if zeros else None
     groups = grouped(w.float(), scheme)
@@ -198,7 +199,8 @@ def search(
     best, room = torch.full_like(low, torch.inf), torch.empty_like(groups)
     for shrink in (1 - (1 - least) * i / max(steps - 1, 1) for i in range(steps)):
         scale, zero = between(low * shrink, high * shrink, scheme, single)
-        error = misfit(groups, scheme, scale, zero, room).square_()
+        error = misfit(groups, scheme, scale, zero, room)
+        error = error.square_() if norm == 2 else error.abs_().pow_(norm)
         total = (error if weight is None else error.mul_(weight)).sum(-1)
         better = total < best
         best = torch.where(better, total, best)

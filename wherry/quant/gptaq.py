@@ -7,10 +7,10 @@ Idea:   minimise ||Q X - W X'||^2, X what the compressed model feeds, X' what th
 Shapes: w [n, k]; x, x_ref [tokens, k]; H, D = dX X^T, U, P [k, k].      n = outputs, k = inputs.
 Cost:   twice GPTQ's statistics, and one more product in the loop; each layer of a block is observed on its own.
 Fails:  as gptq.
-Differs: `alpha` scales the correction (1 is the paper). Signs cannot follow a large one: for
-        binary and ternary grids alpha, a half and a quarter of it and 0 are tried, and what gives that layer the least
-        ||Q X - W X'||^2 stays, with a remark. refit fits scales to the corrected target W (H + D) H^-1, so that both
-        pull the same way.
+Differs: `alpha` scales the correction (1 is the paper). Signs cannot follow a large one: for binary and ternary grids
+        alpha, a half and a quarter of it and 0 are tried, and what gives that layer the least ||Q X - W X'||^2 stays,
+        with a remark; rounding, if all of them went 0.9 of the weight's norm away. refit fits scales to the corrected
+        target W (H + D) H^-1, so that both pull the same way.
 """
 
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from wherry.recipe import Pass
 from wherry.scheme import QTensor
 
 PARTS = (1.0, 0.5, 0.25, 0.0)  # of the correction, tried where codes are signs
+LOST = 0.9  # of a weight's norm: codes that are farther from it hold nothing of it beyond the inputs that were seen
 
 
 class Pair(NamedTuple):
@@ -37,14 +38,17 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class GPTAQ(Pass):
-    """damp: added to diag(H), as a fraction of its mean. alpha: 0 is gptq, 1 the whole correction."""
+    """damp: added to diag(H), as a fraction of its mean. alpha: 0 is gptq, 1 the whole correction. norm: as gptq's."""
 
     damp: float = 0.01
     alpha: float = 1.0
     block: int = 128
     refit: bool = True
+    norm: float = 3.0
 
     def __post_init__(self) -> None:
+        if not 1 <= self.norm <= 8:
+            raise BadInput(f"gptaq: norm={self.norm:g} is not a power from 1 to 8; 3 is the usual one")
         if not 0 <= self.damp < 10 or not 0 <= self.alpha <= 1 or self.block < 1:
             raise BadInput(f"gptaq: damp={self.damp:g}, alpha={self.alpha:g}, block={self.block}: use 0.01, 0..1, 128")
 
@@ -61,14 +65,14 @@ class GPTAQ(Pass):
             raise BadInput("gptaq needs calibration statistics; rtn is the method without data")
         W, k = w.float(), w.shape[-1]
         H, D = (total / max(stat.tokens, 1) for total in (stat.total, self.alpha * stat.drift))
-        scale, zero = grid.search(W, self.scheme, self.rounding, H.diagonal())
+        scale, zero = grid.search(W, self.scheme, self.rounding, H.diagonal(), norm=self.norm)
         order, U, damp = ordered_factor(stat.total, stat.tokens, self.damp)
         if damp != self.damp and notes is not None:
             notes.append(f"damping raised from {self.damp:g} to {damp:g}: the Hessian was not positive definite")
         P = (D[order][:, order] @ U.T).triu(1) @ U
         damped = H + damp * torch.diag_embed(H.diagonal().mean().expand(k))
         coarse = self.scheme.bits == 1 or self.scheme.table == "ternary"
-        found: list[tuple[float, float, QTensor]] = []
+        found: list[tuple[bool, float, float, QTensor]] = []
         for part in PARTS if coarse and bool(D.any()) else (1.0,):
             code = columns(W, U, scale, zero, self.scheme, order, self.block, part * P)
             fitted = scale
@@ -78,8 +82,13 @@ class GPTAQ(Pass):
                 fitted = fitted if self.rounding is None else self.rounding(fitted)
             q = QTensor(self.scheme, code.to(torch.int8), fitted, zero)
             E = q.decode() - W
-            found.append((float(((E @ H) * E).sum() - 2 * ((E @ D.T) * W).sum()), part, q))
-        _, part, q = min(found, key=lambda each: each[0])
+            lost = coarse and bool(E.norm() > LOST * W.norm())
+            found.append((lost, float(((E @ H) * E).sum() - 2 * ((E @ D.T) * W).sum()), part, q))
+        lost, _, part, q = min(found, key=lambda each: each[:2])
+        if lost:
+            if notes is not None:
+                notes.append(f"rounded to nearest: {stat.tokens} tokens say too little of {k} inputs for so few codes")
+            return grid.encode(W, self.scheme, scale, zero)
         if part != 1 and notes is not None:
             notes.append(f"alpha={self.alpha * part:g}: the whole correction is more than signs can follow here")
         return q

@@ -31,7 +31,8 @@ OBSERVERS = ("minmax", "mse", "imatrix_mse")
 class GPTQ(Pass):
     """damp: added to diag(H), as a fraction of its mean. actorder: "static" or "none". refit: fit scales to codes.
 
-    observer: how a group's range is found: "minmax", or by least squared error, plain ("mse") or weighted by diag(H).
+    observer: how a group's range is found: "minmax", or by least error, plain ("mse") or weighted by diag(H).
+    norm: power of that error; above 2 less is clipped, as later columns can pay for many small errors, not for a large.
     """
 
     damp: float = 0.01
@@ -39,6 +40,7 @@ class GPTQ(Pass):
     block: int = 128
     refit: bool = True
     observer: str = "imatrix_mse"
+    norm: float = 3.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.damp < math.inf:
@@ -47,6 +49,8 @@ class GPTQ(Pass):
             raise BadInput(f"gptq: actorder={self.actorder} is not known; it is static or none")
         if self.observer not in OBSERVERS:
             raise BadInput(f"gptq: observer={self.observer} is not known; it is one of {', '.join(OBSERVERS)}")
+        if not 1 <= self.norm <= 8:
+            raise BadInput(f"gptq: norm={self.norm:g} is not a power from 1 to 8; 3 is the usual one")
         if self.block < 1:
             raise BadInput(f"gptq: block={self.block} is not a number of columns; 128 is the usual one")
 
@@ -64,7 +68,7 @@ class GPTQ(Pass):
             scale, zero = grid.fit(W, self.scheme, self.rounding)
         else:
             importance = H.diagonal() if self.observer == "imatrix_mse" else None
-            scale, zero = grid.search(W, self.scheme, self.rounding, importance)
+            scale, zero = grid.search(W, self.scheme, self.rounding, importance, norm=self.norm)
         order, U, damp = ordered_factor(stat.total, stat.tokens, self.damp, self.actorder == "static")
         if damp != self.damp and notes is not None:
             notes.append(f"damping raised from {self.damp:g} to {damp:g}: the Hessian was not positive definite")

@@ -76,7 +76,7 @@ def test_signs_take_no_more_of_the_correction_than_helps() -> None:
 
 
 def test_few_tokens_and_signs_are_rounded() -> None:
-    """200 tokens for 256 inputs, hardly damped: what fits is far from the weight; it is rounded, and a remark says so."""
+    """200 tokens for 256 inputs, hardly damped: what fits is far from the weight; it is rounded, with a remark."""
     torch.manual_seed(0)
     ref, w = inputs(200, 256), torch.randn(16, 256)
     scheme, notes = Scheme.parse("W1A16,group_size=32"), []

@@ -186,3 +186,21 @@ def test_the_command_restarts_and_says_one_thing(tmp_path: Path, job_of: Callabl
     assert done.returncode == BadInput.code
     assert done.stderr.count("cannot be divided") == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_once_by_all_ranks(tmp_path: Path, job_of: Callable, small_disk: Path) -> None:
+    """A disk with room for one checkpoint of two: the second fails on both ranks, and the command says so once."""
+    (small_disk / "fill").write_bytes(bytes(4 << 20))
+    fields = job_of(write_llama(tmp_path / "m"), "x")
+    done = subprocess.run(
+        [sys.executable, "-m", "wherry", "train", fields["model"], "-o", str(small_disk / "out"), "--data",
+         fields["data"], "--set", f"cache={tmp_path / 'cache'}", "--steps", "12", "--length", "32", "--ranks", "2",
+         "--save-every", "2", "--batch", "4", "--set", "timeout=60"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == Exhausted.code, done.stderr
+    assert done.stderr.count("error:") == done.stderr.count("that of update 2 is whole") == 1, done.stderr
+    whole = list(small_disk.glob(".out.partial*/checkpoints/update-*"))
+    assert [path.name for path in whole] == ["update-00000002"]
+    assert (whole[0] / ".metadata").exists()

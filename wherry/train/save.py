@@ -131,10 +131,10 @@ class Saver:
         return error if isinstance(error, Error) else None
 
     def wait(self) -> None:
-        """Until what is being written is whole. Raises what went wrong."""
+        """Until what is being written is whole. Raises what went wrong on any rank, on all; every rank must call it."""
         pending, self.pending = self.pending, None
-        if pending is not None:
-            pending.result()
+        problem: Any = pending.exception() if pending is not None else None
+        self.world.check(problem)
 
     def read(self, state: State, path: Path) -> dict[str, Any]:
         """Read a checkpoint into the tensors of `state`, in place; gives its facts.

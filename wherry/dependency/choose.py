@@ -26,7 +26,7 @@ def counts(
     stay = {}
     for family in families:
         text = given.get(family.kind, "")
-        if not text or text == "0":
+        if not text:
             continue
         before = len(family.groups) * family.each
         wanted = amount(text, before, family.kind)
@@ -40,7 +40,7 @@ def counts(
             raise BadInput(f"{family.kind}={text} leaves nothing of {family.place}: keep one at least")
         stay[family] = rounded(wanted, len(family.groups), multiples.get(family.kind, 1))
     for kind, text in given.items():
-        if text and text != "0" and not any(family.kind == kind for family in families):
+        if text and not any(family.kind == kind for family in families):
             raise BadInput(f"{kind}={text}: this model has no {kind} that can go")
     return stay
 

@@ -99,6 +99,8 @@ def amount(text: str, before: int, what: str) -> float:
         raise BadInput(f"{what}={text} is no number: a share that goes (0.3) or how many stay (1024)") from error
     if not np.isfinite(value) or value < 0:
         raise BadInput(f"{what}={text}: a share below 1 that goes, or how many stay")
+    if value == 0:
+        raise BadInput(f"{what}={text} takes nothing: a share below 1 that goes (0.3), or how many stay of {before}")
     if value < 1:
         return before * (1 - value)
     if value == 1 and "." in text:

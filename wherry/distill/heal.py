@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from wherry import shelf
+from wherry import data, shelf
 from wherry.checkpoint import Checkpoint
 from wherry.errors import BadInput, Unsupported
 from wherry.knobs import values
@@ -76,13 +76,13 @@ class Heal(Pass):
         """Train the model given and write it into the folder `out`. A killed run goes on at its last checkpoint."""
         self.expect(checkpoint)
         original = checkpoint.original or checkpoint
-        data, settings = self.data, self.settings()
-        if not data:
+        source, settings = self.data, self.settings()
+        if not source:
             windows = np.concatenate([batch["input_ids"] for batch in batches])
             settings["length"] = windows.shape[1] - 1
             file = out.parent / "windows.npy"
             np.save(file, np.ascontiguousarray(windows))
-            data = str(file)
+            source = str(file)
         steps = self.objective(checkpoint.task.kind)
         recipe = f"{steps} | keep_zeros" if holds_zeros(checkpoint) else steps
         job, loop = shelf.find("train", "job"), shelf.find("train", "loop")
@@ -91,7 +91,7 @@ class Heal(Pass):
             given = {"warmup": max(1, self.steps // 20), "save_every": 0 if self.epochs else max(1, self.steps // 4)}
             loop.run(
                 job.Job(
-                    model=str(checkpoint.path), teacher=str(original.path), out=str(made), data=data, recipe=recipe,
+                    model=str(checkpoint.path), teacher=str(original.path), out=str(made), data=source, recipe=recipe,
                     steps=0 if self.epochs else self.steps, epochs=self.epochs, batch=self.batch,
                     learning_rate=self.lr, top=self.top, seed=self.seed, **given | settings,
                 ),
@@ -127,6 +127,8 @@ class Heal(Pass):
         for source in self.data.split(";") if self.data else []:
             if not Path(source.split("*")[0]).exists():
                 raise BadInput(f"heal: no such data: {source}")
+            if graph and data.read(source.split("*")[0]).labels is None:
+                raise BadInput(f"heal: {source} has no labels for {kind}: give a column 'label', or a folder a class")
         return checkpoint
 
 

@@ -53,6 +53,8 @@ class Depth(Pass):
             raise BadInput("depth: give layers (a share that goes, or how many stay) or drop (which), not both")
         if not all(item.isdigit() for item in self.drop):
             raise BadInput(f"depth: drop={';'.join(self.drop)} is no list of numbers like 2;5")
+        if len(set(map(int, self.drop))) < len(self.drop):
+            raise BadInput(f"depth: drop={';'.join(self.drop)} names a layer twice")
 
     calibrated = True
 
@@ -110,6 +112,8 @@ class Depth(Pass):
             stay[entry] = (path, keep)
         if not stay:
             raise BadInput(f"depth: {checkpoint.name} has no {self.stack}")
+        if all(keep == int(checkpoint.config[entry]) for entry, (_, keep) in stay.items()):
+            raise BadInput(f"depth: layers={self.layers} leaves {checkpoint.name} as it is: ask for fewer layers")
         return stay
 
     def chosen(self, module: nn.Module, path: str, count: int, data: Batches, progress: Progress) -> list[int]:

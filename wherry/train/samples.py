@@ -90,7 +90,10 @@ class Sentences:
 
     def batch(self, ids: np.ndarray) -> Batch:
         """The encoder's inputs by name, int64 [B, longest], and `targets` [B, longest]: 0, or IGNORE at padding."""
-        texts = [self.texts[int(i)] for i in ids]
+        return self.of([self.texts[int(i)] for i in ids])
+
+    def of(self, texts: list[str]) -> Batch:
+        """The same of any texts."""
         made = self._inputs(self.task, texts, "")
         made["targets"] = torch.where(made["attention_mask"] > 0, 0, IGNORE)
         return made | (self._inputs(self.teacher, texts, TEACHER) if self.teacher else {})
@@ -129,6 +132,11 @@ class Joined:
         """Of one source or of several whose tensors have the same shapes."""
         ends = np.cumsum(self.sizes)
         which = np.searchsorted(ends, ids, side="right")
+        sentences = [part for part in self.parts if isinstance(part, Sentences)]
+        if len(sentences) == len(self.parts):  # padded together
+            starts = ends - self.sizes
+            places = zip(which, ids, strict=True)
+            return sentences[0].of([sentences[part].texts[int(i - starts[part])] for part, i in places])
         made, rows = [], []
         for i, part in enumerate(self.parts):
             here = np.flatnonzero(which == i)

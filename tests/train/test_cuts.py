@@ -52,6 +52,8 @@ def test_bytes_of_a_text_are_those_of_its_file(tiny_llama: Path, tmp_path: Path)
     spelled = samples.opened(str(tmp_path / "a.npy"), task, cut, tmp_path / "tokens").parts[0]
     assert spelled.size == ours.size
     assert samples.opened(str(tmp_path / "a.npy"), task, text.Cut(32), tmp_path / "tokens").parts[0].size == 0
+    with pytest.raises(BadInput, match="where documents begin"):
+        samples.opened(str(tmp_path / "a.npy"), task, text.Cut(32, "documents"), tmp_path / "tokens")
 
 
 def test_cuts_that_cannot_be() -> None:

@@ -13,9 +13,9 @@ then E epochs more: `float on` with ce, `ternary` and `binary` with `ce | kl | q
 the teacher. First and last layer have 8 bits. `wherry compress` with rtn writes the codes; accuracy, bytes and
 milliseconds (one picture, one thread) are those of the written files in ONNX Runtime.
 
-`--speed`: ternary weights, one scale for 256, of our decoder and of a random model of 94 million parameters (its text
-means nothing, its speed is that of the shape), in llama.cpp on one thread: F16, Q4_0 as `wherry export` writes them,
-and the same codes as TQ2_0 and TQ1_0, which the package gguf writes. In turns, medians of seven rounds.
+`--speed`: ternary weights of our decoder and of a random model of 94 million parameters (its text means nothing, its
+speed is that of the shape), in llama.cpp on one thread: F16, Q4_0 (a scale for 32) and TQ2_0 (for 256) as `wherry
+export` writes them, and TQ1_0, which the package gguf writes. In turns, medians of seven rounds.
 """
 
 import argparse
@@ -236,13 +236,14 @@ def speed(name: str, model: Path, folder: Path) -> Row:
     """Tokens per second and bytes of one model in each type."""
     from bench import runtimes
 
-    api.compress(str(model), folder / "ternary", recipe="rtn:scheme=W1.58A16,group_size=256")
-    api.export(folder / "ternary", folder / "small", format="gguf")
     api.export(str(model), folder / "float", format="gguf")
-    files = {"F16": next((folder / "float").glob("*.gguf")), "Q4_0": next((folder / "small").glob("*Q4_0.gguf"))}
-    for kind in TYPES[2:]:
-        files[kind] = folder / f"{kind}.gguf"
-        as_type(files["Q4_0"], files[kind], kind)
+    files = {"F16": next((folder / "float").glob("*.gguf"))}
+    for kind, size in (("Q4_0", 32), ("TQ2_0", 256)):
+        api.compress(str(model), folder / f"ternary{size}", recipe=f"rtn:scheme=W1.58A16,group_size={size}")
+        api.export(folder / f"ternary{size}", folder / f"gguf{size}", format="gguf")
+        files[kind] = next((folder / f"gguf{size}").glob(f"*{kind}.gguf"))
+    files["TQ1_0"] = folder / "TQ1_0.gguf"
+    as_type(files["TQ2_0"], files["TQ1_0"], "TQ1_0")
     runtimes.random = np.random.default_rng(0)
     engines = {kind: runtimes.Llamacpp(file, 1, "") for kind, file in files.items()}
     work = {"decode": ("decode", 1, 32, 48), "prefill": ("prefill", 1, 256, 0)}

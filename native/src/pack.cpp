@@ -9,7 +9,7 @@ namespace wherry {
 namespace {
 
 enum : int { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11, Q4_K = 12,
-             Q5_K = 13, Q6_K = 14, BF16 = 30 };
+             Q5_K = 13, Q6_K = 14, BF16 = 30, TQ2_0 = 35 };
 
 struct Type {
     int kind, inputs, bytes;  // of a block
@@ -28,6 +28,7 @@ constexpr Type TYPES[] = {
     {Q5_0, 32, 22, Form::integer, 5, 32, 16, false, Scales::f16},
     {Q5_1, 32, 24, Form::integer, 5, 32, 0, true, Scales::f16},
     {Q8_0, 32, 34, Form::integer, 8, 32, 128, false, Scales::f16},
+    {TQ2_0, 256, 66, Form::integer, 2, 256, 1, false, Scales::f16},
     {Q2_K, 256, 84, Form::integer, 2, 16, 0, true, Scales::super},
     {Q3_K, 256, 110, Form::integer, 3, 16, 4, false, Scales::super},
     {Q4_K, 256, 144, Form::integer, 4, 32, 0, true, Scales::super},
@@ -113,6 +114,11 @@ void read_row(const Weight& w, const Type& t, const uint8_t* data, Row& r) {
         uint8_t* q = &r.code[size_t(i) * t.inputs];
         if (t.scales == Scales::super) {
             super_block(t.kind, data, q, r, i);
+            continue;
+        }
+        if (t.kind == TQ2_0) {  // qs 64, d
+            for (int j = 0; j < 256; j++) q[j] = uint8_t((data[j / 128 * 32 + j % 32] >> (j % 128 / 32 * 2)) & 3);
+            r.d[i] = u16(data + 64);
             continue;
         }
         r.d[i] = u16(data);

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 INTERFACE = 4
 PARTS = (
     "embed", "head", "norm", "attention_norm", "mlp_norm", "q", "k", "v", "o", "gate", "up", "down", "q_norm", "k_norm",

@@ -97,6 +97,24 @@ def test_blocks_decode_to_the_same_floats(scheme: str, size: int, rows: int, see
     assert np.array_equal(foreign, q.decode().numpy())
 
 
+@pytest.mark.parametrize("size", [256, 512, -1])
+def test_ternary_codes_fill_blocks_of_256(size: int) -> None:
+    """Two bits a weight in TQ2_0; with other groups four, and the plan says what would save them."""
+    torch.manual_seed(0)
+    scheme = Scheme.parse(f"W1.58A16,group_size={size}")
+    w = torch.randn(5, 1024)
+    q = grid.encode(w, scheme, *grid.fit(w, scheme))
+    assert set(q.code.unique().tolist()) == {-1, 0, 1}
+    kind, data = blocks.pack("w", q)
+    assert (kind, data.shape) == ("TQ2_0", (5, 4 * 66))
+    assert np.array_equal(dequantize(data, gguf.GGMLQuantizationType.TQ2_0), q.decode().numpy())
+    assert blocks.note_of(scheme, kind) == ""
+    narrow = Scheme.parse("W1.58A16,group_size=128")
+    assert blocks.kind_of(narrow, (5, 1024)) == "Q4_0"
+    assert blocks.kind_of(Scheme.parse("W1.58A16,group_size=-1"), (5, 192)) == "Q4_0"
+    assert "fit TQ2_0" in blocks.note_of(narrow, "Q4_0")
+
+
 def test_every_code_and_zero_of_four_bits() -> None:
     """All 256 pairs of code and zero in one tensor, at the ends of the range of portable scales and beyond."""
     code = torch.arange(-8, 8, dtype=torch.int8).repeat(16, 2)

@@ -7,7 +7,7 @@ native = pytest.importorskip("wherry_native", reason="the native engine is not b
 gguf = pytest.importorskip("gguf")
 
 ISAS = [name for name, runs in native.isas().items() if runs]
-BLOCKS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+BLOCKS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ2_0")
 SIZE = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2)}
 SHAPES = [(16, 256), (37, 512), (96, 768), (1, 256)]
 
@@ -22,7 +22,7 @@ def random_blocks(kind: str, n: int, k: int, seed: int = 0) -> np.ndarray:
             return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
         return values.astype(np.float16 if kind == "F16" else np.float32).view(np.uint8)
     blocks = random.integers(0, 256, (n, k // inputs, size), dtype=np.uint8)
-    places = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}  # of the halves in a block
+    places = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "TQ2_0": (64,)}  # of the halves in a block
     for at in places.get(kind, (0, 2) if kind in ("Q4_K", "Q5_K", "Q4_1", "Q5_1") else (0,)):
         half = (random.standard_normal((n, k // inputs)) / 16).astype(np.float16)
         blocks[:, :, at : at + 2] = half.view(np.uint8).reshape(n, k // inputs, 2)

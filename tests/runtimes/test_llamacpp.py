@@ -74,7 +74,7 @@ def test_our_codes_mean_the_same_weights_there(scheme: str, tiny_llama: Path, tm
     assert kl < 5e-3
 
 
-@pytest.mark.parametrize("scheme", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4A16"])
+@pytest.mark.parametrize("scheme", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4A16", "W1.58A16,group_size=-1"])
 def test_super_blocks_mean_the_same_weights_there(scheme: str, tmp_path: Path) -> None:
     """Codes solved here run in llama.cpp's own kernels; what is left is its rounding of activations to 8 bits."""
     folder = write_llama(tmp_path / "wide", layers=1, hidden=256)

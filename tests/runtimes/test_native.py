@@ -168,7 +168,7 @@ def test_knobs_of_the_runtime(rounded: Artifact) -> None:
             load(rounded, text)
 
 
-@pytest.mark.parametrize("scheme", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("scheme", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "W1.58A16,group_size=256"])
 def test_super_blocks_mean_the_same_weights_here(scheme: str, tmp_path: Path) -> None:
     folder = write_llama(tmp_path / "wide", layers=1, hidden=256)
     plan = Recipe.parse(f"rtn:scheme={scheme}").plan(Checkpoint.open(folder), ("gguf",))

@@ -1,6 +1,6 @@
 """GGUF: one file with weights, configuration and tokenizer, for llama.cpp, Ollama and LM Studio.
 
-The same codes as in every other format, in blocks of 32 that hold them exactly: Q4_0, Q4_1, Q8_0.
+The same codes as in every other format, in blocks that hold them exactly: Q4_0, Q4_1, Q8_0, TQ2_0.
 Reads files of these types and of F16, BF16, F32 as a Checkpoint. Importing this needs no torch.
 """
 

@@ -1,13 +1,15 @@
-"""Our codes as GGUF blocks: Q4_0 and Q4_1 for up to 4 bits, Q8_0 for up to 8, k-quants, MXFP4. Nothing is rounded.
+"""Our codes as GGUF blocks: Q4_0 and Q4_1 for up to 4 bits, Q8_0 for up to 8, TQ2_0, k-quants, MXFP4, all exact.
 
     Q4_0   d fp16, 16 bytes             w = d * (q - 8)      symmetric: q = code + 8
     Q4_1   d fp16, m fp16, 16 bytes     w = d * q + m        q = code + 2^(bits-1), m = -d * (zero + 2^(bits-1))
     Q8_0   d fp16, 32 bytes             w = d * q            q = code
+    TQ2_0  64 bytes, d fp16             w = d * (q - 1)      ternary with a scale for 256 or for the row: q = code + 1
     MXFP4  e8m0 byte, 16 bytes          w = 2^(e - 127) * level of e2m1
     Q2_K to Q6_K: ops/kquant.py
-In a 4-bit block byte j holds weight j in its low half and weight j + 16 in its high half.
+In a 4-bit block byte j holds weight j in its low half and weight j + 16 in its high half; in TQ2_0 byte 32 h + j holds
+the weights 128 h + 32 s + j, each at bit 2 s.
 Shapes: code [n, k], scale [n, g]; blocks uint8 [n, k / 32 * bytes of a block].
-Source: ggml, src/ggml-common.h (block_q4_0, block_q4_1, block_q8_0).
+Source: ggml, src/ggml-common.h (block_q4_0, block_q4_1, block_q8_0, block_tq2_0).
 """
 
 import numpy as np
@@ -17,8 +19,8 @@ from wherry.errors import Unsupported
 from wherry.ops import kquant, layout
 from wherry.scheme import Group, QTensor, Row, Scheme
 
-BLOCK = 32
-BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34, "MXFP4": 17}
+BLOCK, WIDE = 32, 256  # weights of a block
+BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34, "TQ2_0": 66, "MXFP4": 17}
 
 
 def kind_of(scheme: Scheme, shape: tuple[int, ...]) -> str:
@@ -33,6 +35,8 @@ def kind_of(scheme: Scheme, shape: tuple[int, ...]) -> str:
         raise Unsupported(f"GGUF has no block for {scheme} of shape {list(shape)}; {near} is the nearest that fits")
     if scheme.activations is not None:
         raise Unsupported(f"{scheme}: GGUF stores weights only, llama.cpp rounds activations; use W{scheme.bits}A16")
+    if scheme.table == "ternary" and k % WIDE == 0 and spread(scheme) % WIDE == 0:
+        return "TQ2_0"
     if k % BLOCK:
         raise Unsupported(f"rows of {k} do not fill GGUF's blocks of {BLOCK}; leave it float with ignore=")
     if not isinstance(scheme.grain, Group | Row):
@@ -49,15 +53,22 @@ def kind_of(scheme: Scheme, shape: tuple[int, ...]) -> str:
     return "Q8_0" if scheme.bits > 4 else "Q4_0" if scheme.symmetric else "Q4_1"
 
 
-def note_of(scheme: Scheme) -> str:
-    """What a person should know of a scheme that fits, or an empty string."""
+def spread(scheme: Scheme) -> int:
+    """Weights of one scale; of a whole row: as many as any block has."""
+    return WIDE if isinstance(scheme.grain, Row) else scheme.group_size or 0
+
+
+def note_of(scheme: Scheme, kind: str) -> str:
+    """What a person should know of a scheme that fits a kind of block, or an empty string."""
     notes = [f"its correction of rank {scheme.rank} is a LoRA adapter beside the file"] if scheme.rank else []
     if scheme.kind == "int" and scheme.scale in layout.SMALL:
         notes.append("scales lie as fp16, which holds them exactly")
-    if scheme.nested or scheme.kind == "fp":
+    if scheme.nested or scheme.kind == "fp" or kind == "TQ2_0":
         return "; ".join(notes)
     if scheme.bits not in (4, 8):
         notes.append(f"{scheme.bits}-bit codes live in {4 if scheme.bits < 4 else 8}-bit blocks: no bytes saved")
+    if scheme.table == "ternary":
+        notes.append("with group_size=256 or -1, and rows of whole 256s, they fit TQ2_0, half of that")
     if isinstance(scheme.grain, Row):
         notes.append("the row's scale is repeated in every block of 32: same bytes as group_size=32")
     elif isinstance(scheme.grain, Group) and scheme.grain.size > BLOCK:
@@ -74,6 +85,11 @@ def pack(name: str, tensor: QTensor) -> tuple[str, np.ndarray]:
     """
     kind, scheme = kind_of(tensor.scheme, tensor.shape), tensor.scheme
     n, k = tensor.shape
+    if kind == "TQ2_0":
+        part = (tensor.code.numpy() + 1).astype(np.uint8).reshape(n, k // WIDE, 2, 4, BLOCK)
+        part = np.bitwise_or.reduce(part << np.array([0, 2, 4, 6], np.uint8)[:, None], axis=-2)
+        scale = tensor.scale.float().repeat_interleave(k // WIDE // tensor.scale.shape[-1], -1)
+        return kind, np.concatenate([part.reshape(n, k // WIDE, -1), _half(name, scale)], axis=-1).reshape(n, -1)
     if scheme.nested:
         return kind, kquant.pack(tensor).numpy()
     if kind == "MXFP4":

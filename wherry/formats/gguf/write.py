@@ -15,7 +15,7 @@ from wherry.artifact import Artifact
 from wherry.checkpoint import Checkpoint
 from wherry.errors import Exhausted, Unsupported
 from wherry.formats.gguf import adapter
-from wherry.formats.gguf.blocks import BLOCK, BYTES, kind_of, note_of, pack
+from wherry.formats.gguf.blocks import BLOCK, BYTES, WIDE, kind_of, note_of, pack
 from wherry.formats.gguf.names import (
     ROPE_FREQS,
     ROTARY,
@@ -40,6 +40,7 @@ FILE_TYPES = {
     "Q2_K": LlamaFileType.MOSTLY_Q2_K, "Q3_K": LlamaFileType.MOSTLY_Q3_K_S, "Q4_K": LlamaFileType.MOSTLY_Q4_K_S,
     "Q5_K": LlamaFileType.MOSTLY_Q5_K_S, "Q6_K": LlamaFileType.MOSTLY_Q6_K, "MXFP4": LlamaFileType.MOSTLY_MXFP4_MOE,
     "Q4_0": LlamaFileType.MOSTLY_Q4_0, "Q4_1": LlamaFileType.MOSTLY_Q4_1, "Q8_0": LlamaFileType.MOSTLY_Q8_0,
+    "TQ2_0": LlamaFileType.MOSTLY_TQ2_0,
 }  # fmt: skip
 
 
@@ -60,7 +61,7 @@ def check(plan: Plan) -> dict[str, str]:
         if scheme is None:
             continue
         try:
-            kind_of(scheme, row.shape)
+            kind = kind_of(scheme, row.shape)
         except Unsupported as error:
             raise Unsupported(f"{row.name}: {error}") from error
         plain = row.scheme and row.scheme.kind == "int" and not row.scheme.nested
@@ -69,7 +70,7 @@ def check(plan: Plan) -> dict[str, str]:
                 f"{row.name}: portable=false leaves scales that fp16 cannot hold, and GGUF stores fp16.\n"
                 f"Leave portable=true, the default, or export compressed_tensors only."
             )
-        if note := note_of(scheme):
+        if note := note_of(scheme, kind):
             notes[row.name] = note
     window = config.get("sliding_window")
     if window and config.get("use_sliding_window", True) and window < config.get("max_position_embeddings", 0):
@@ -131,7 +132,7 @@ def save(checkpoint: Checkpoint, out: Path, progress: Progress) -> Artifact:
     for name in stored:
         shape, kind = checkpoint.shape(name), kinds[name]
         if kind in BYTES:
-            shape = (*shape[:-1], shape[-1] // BLOCK * BYTES[kind])
+            shape = (*shape[:-1], shape[-1] // (WIDE if kind == "TQ2_0" else BLOCK) * BYTES[kind])
         elif kind in kquant.BYTES:
             shape = (*shape[:-1], shape[-1] // kquant.SUPER * kquant.BYTES[kind])
         dtype = np.dtype({"F32": "float32", "F16": "float16"}.get(kind, "uint8"))

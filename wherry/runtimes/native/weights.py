@@ -17,7 +17,9 @@ from wherry.formats.gguf.names import check_shapes, config_of
 from wherry.runtimes.native.shape import Shape, shape_of
 
 CHUNK = 4 << 20  # bytes that are read at once
-KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+KINDS = (
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ2_0",
+)  # fmt: skip
 # part of the engine: (name in GGUF, in transformers)
 LAYER = {
     "attention_norm": ("attn_norm", "input_layernorm"), "mlp_norm": ("ffn_norm", "post_attention_layernorm"),

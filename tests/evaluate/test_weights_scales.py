@@ -28,3 +28,17 @@ def test_one_changed_group_in_ten_is_no_alarm_of_this_check():
     scale = q.scale.clone()
     scale[:, 0] *= 1.02
     assert not unrounded_scales(np.asarray(QTensor(scheme, q.code, scale, None).decode()), scheme)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.9, 0.98, 1.005, 1.1])
+@pytest.mark.parametrize("half", [False, True])
+def test_wide_codes_of_weights_that_lie_on_a_narrow_grid(factor: float, half: bool) -> None:
+    """Eight bits over what four once decoded to: no two codes are neighbours. Scales as float32 or as GGUF's fp16."""
+    w = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) / 20
+    narrow = Scheme.parse("W4A16_ASYM,group_size=32")
+    w = grid.encode(w, narrow, *grid.fit(w, narrow)).decode()
+    scheme = Scheme.parse("W8A16,group_size=32")
+    q = grid.encode(w, scheme, *grid.fit(w, scheme))
+    scale = q.scale * factor
+    changed = QTensor(scheme, q.code, scale.half().float() if half else scale, None).decode()
+    assert bool(unrounded_scales(np.asarray(changed), scheme)) == (factor != 1.0)

@@ -170,7 +170,8 @@ def unrounded_scales(v: np.ndarray, scheme: Scheme, seed: int = 0) -> str:
     """Reason why the scales of v are not of 7 significant bits, as every portable recipe rounds them; else "".
 
     The smallest step between two values of a group is its scale wherever two neighbouring codes are used, which nearly
-    all groups do: so more than a quarter of longer steps means that scales were changed after they were rounded.
+    all groups of narrow codes do; of wider codes it is some small multiple, so all of these are tried. More than a
+    quarter of steps that are none means that scales were changed after they were rounded.
     """
     group = size(scheme, v.shape)
     if group is None or group < (16 if scheme.bits <= 4 else 32) or scheme.nested:
@@ -181,8 +182,11 @@ def unrounded_scales(v: np.ndarray, scheme: Scheme, seed: int = 0) -> str:
     gaps = np.diff(np.sort(rows.reshape(-1, group), axis=-1), axis=-1).astype(np.float64)
     least = np.where(gaps > 0, gaps, np.inf).min(-1)
     least = least[np.isfinite(least)]
-    mantissa = np.frexp(least)[0] * 2**PORTABLE_BITS
-    long = int((mantissa != np.rint(mantissa)).sum())
+    whole = np.zeros(len(least), bool)
+    for times in range(1, 1 << (scheme.bits - 1) if scheme.bits > 4 else 2, 2):  # powers of two change no mantissa
+        mantissa = np.frexp(least / times)[0] * 2**PORTABLE_BITS
+        whole |= mantissa == np.rint(mantissa)
+    long = int((~whole).sum())
     if long <= len(least) / 4:
         return ""
     return f"{long} of {len(least)} scales have more than {PORTABLE_BITS} significant bits: they were changed"

@@ -15,7 +15,7 @@ from pathlib import Path
 from wherry import api, shelf
 from wherry.artifact import Artifact
 from wherry.choose import artifacts, measured
-from wherry.errors import Missing
+from wherry.errors import Diverged, Missing
 from wherry.report import Report, Row
 
 Progress = Callable[[int, int, str], None]
@@ -76,8 +76,17 @@ def run(out: Path, progress: Progress, say: Callable[[str], None]) -> Callable[[
             if name == "W8":
                 board.append(language("own decoder, original", found, "original"))
             board.append(language(f"own decoder {name}", found, "gguf"))
+            reports[f"own decoder {name}"] = found
     show(board)
+    refuse(reports)
     return lambda port, stay: serve(out / "smollm2-w4", port, stay, say)
+
+
+def refuse(reports: dict[str, Report]) -> None:
+    """Raise Diverged, with the reasons, when a proof did not pass."""
+    failed = [f"{name}: {r.note}" for name, report in reports.items() for r in report if r.value == "FAIL"]
+    if failed:
+        raise Diverged("not proved:\n" + "\n".join(failed))
 
 
 def _shipped(smol: Path, out: Path, progress: Progress) -> Report:

@@ -5,6 +5,7 @@ import json
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -25,7 +26,7 @@ from wherry.formats.gguf import blocks, vocabulary
 from wherry.formats.gguf.header import Header
 from wherry.ops import grid
 from wherry.recipe import Recipe
-from wherry.scheme import QTensor, Scheme
+from wherry.scheme import QTensor, Scheme, Tensor
 
 QUIET = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -113,6 +114,8 @@ def test_ternary_codes_fill_blocks_of_256(size: int) -> None:
     assert blocks.kind_of(narrow, (5, 1024)) == "Q4_0"
     assert blocks.kind_of(Scheme.parse("W1.58A16,group_size=-1"), (5, 192)) == "Q4_0"
     assert "fit TQ2_0" in blocks.note_of(narrow, "Q4_0")
+    with pytest.raises(errors.Unsupported, match="one scale per"):
+        blocks.kind_of(replace(scheme, grain=Tensor()), (5, 1024))
 
 
 def test_every_code_and_zero_of_four_bits() -> None:

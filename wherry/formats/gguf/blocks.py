@@ -35,8 +35,6 @@ def kind_of(scheme: Scheme, shape: tuple[int, ...]) -> str:
         raise Unsupported(f"GGUF has no block for {scheme} of shape {list(shape)}; {near} is the nearest that fits")
     if scheme.activations is not None:
         raise Unsupported(f"{scheme}: GGUF stores weights only, llama.cpp rounds activations; use W{scheme.bits}A16")
-    if scheme.table == "ternary" and k % WIDE == 0 and spread(scheme) % WIDE == 0:
-        return "TQ2_0"
     if k % BLOCK:
         raise Unsupported(f"rows of {k} do not fill GGUF's blocks of {BLOCK}; leave it float with ignore=")
     if not isinstance(scheme.grain, Group | Row):
@@ -48,14 +46,12 @@ def kind_of(scheme: Scheme, shape: tuple[int, ...]) -> str:
         raise Unsupported(
             f"group_size={scheme.grain.size}: GGUF has one scale for a block of {BLOCK} weights; use group_size={size}"
         )
+    whole = isinstance(scheme.grain, Row) or scheme.grain.size % WIDE == 0
+    if scheme.table == "ternary" and k % WIDE == 0 and whole:
+        return "TQ2_0"
     if scheme.bits > 4 and not scheme.symmetric:
         raise Unsupported(f"{scheme}: GGUF's 8-bit blocks have no zero; use W8A16 (symmetric), or W4A16_ASYM")
     return "Q8_0" if scheme.bits > 4 else "Q4_0" if scheme.symmetric else "Q4_1"
-
-
-def spread(scheme: Scheme) -> int:
-    """Weights of one scale; of a whole row: as many as any block has."""
-    return WIDE if isinstance(scheme.grain, Row) else scheme.group_size or 0
 
 
 def note_of(scheme: Scheme, kind: str) -> str:

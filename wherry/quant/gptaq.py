@@ -71,18 +71,23 @@ class GPTAQ(Pass):
             notes.append(f"damping raised from {self.damp:g} to {damp:g}: the Hessian was not positive definite")
         P = (D[order][:, order] @ U.T).triu(1) @ U
         damped = H + damp * torch.diag_embed(H.diagonal().mean().expand(k))
-        coarse = self.scheme.bits == 1 or self.scheme.table == "ternary"
-        found: list[tuple[bool, float, float, QTensor]] = []
-        for part in PARTS if coarse and bool(D.any()) else (1.0,):
+
+        def corrected(part: float) -> QTensor:
             code = columns(W, U, scale, zero, self.scheme, order, self.block, part * P)
             fitted = scale
             if self.refit:
                 target = W + part * torch.linalg.solve(damped, W @ D, left=False)
                 fitted = refit_codes(target, code, self.scheme, damped, scale, zero)
                 fitted = fitted if self.rounding is None else self.rounding(fitted)
-            q = QTensor(self.scheme, code.to(torch.int8), fitted, zero)
+            return QTensor(self.scheme, code.to(torch.int8), fitted, zero)
+
+        if self.scheme.bits > 1 and self.scheme.table != "ternary":
+            return corrected(1.0)
+        found: list[tuple[bool, float, float, QTensor]] = []
+        for part in PARTS if bool(D.any()) else (1.0,):
+            q = corrected(part)
             E = q.decode() - W
-            lost = coarse and bool(E.norm() > LOST * W.norm())
+            lost = bool(E.norm() > LOST * W.norm())
             found.append((lost, float(((E @ H) * E).sum() - 2 * ((E @ D.T) * W).sum()), part, q))
         lost, _, part, q = min(found, key=lambda each: each[:2])
         if lost:

@@ -128,7 +128,7 @@ class Folder:
         self.shape = shape_of(self.checkpoint.config, False, str(artifact.path))
         self.bytes = self.checkpoint.source.bytes()
         kept = cargo.cache(self.checkpoint.config)
-        if kept not in (None, "", "int8"):
+        if kept not in ("", "int8"):
             raise Unsupported(f"{artifact.path} asks for keys and values in {kept}; here they are bf16 or int8")
         for name in self.checkpoint.names():
             scheme = self.checkpoint.scheme(name)

@@ -29,7 +29,7 @@ from typing import Any
 
 import encoder
 import numpy as np
-from reference import MODELS, fingerprint, foreign, judging, prepare, windows
+from reference import MODELS, fingerprint, foreign, judging, own, prepare, windows
 from rich.console import Console
 from rich.table import Table
 
@@ -49,6 +49,8 @@ PEER = """A peer's rows need an environment of its own (about 1.5 GB):
     or auto-round==0.16.1, gptqmodel==7.6.0, hqq==0.2.8.post1
 then: --peer-python PEER/bin/python, with --only for the rows of that peer"""
 Row = dict[str, Any]
+SEEN = {"foreign_": ("perplexity", "float_perplexity", "kl", "kl_ci", "top1")}  # what a row keeps of other windows
+SEEN["own_"] = (*SEEN["foreign_"], "nll", "float_nll")
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def run(name: str, schemes: list[str], size: int, entries: list[Entry], seeds: r
     a.cache.mkdir(parents=True, exist_ok=True)
     folder, float_, peer = prepare(name, a.cache), None, Peer(a.peer_python)
     evaluation = judging(name, folder)
+    samples = [own(folder)] if name == "decoder" else []
     for seed in seeds:
         calibration = windows(name, folder, seed)[0]
         for scheme in schemes:
@@ -138,13 +141,13 @@ def run(name: str, schemes: list[str], size: int, entries: list[Entry], seeds: r
                 if free and seed != seeds[0]:
                     continue
                 used = np.zeros(0) if free else calibration
-                digest = fingerprint(folder / "model.safetensors", used, evaluation, entry.options)
+                digest = fingerprint(folder / "model.safetensors", used, evaluation, *samples, entry.options)
                 key = {"model": name, "tool": entry.tool, "method": entry.method, "options": entry.options}
                 key |= {"scheme": scheme, "group_size": size, "seed": None if free else seed}
                 if not a.refresh and any(matches(row, key) and row["inputs"] == digest for row in rows()):
                     continue
                 if float_ is None:
-                    float_ = Ruler(name, folder, evaluation)
+                    float_ = Ruler(name, folder, evaluation, *samples)
                 out = a.cache / f"out-{os.getpid()}"
                 np.save(out.with_suffix(".npy"), calibration)
                 job = (entry, folder, out, scheme, size, out.with_suffix(".npy"))
@@ -163,16 +166,16 @@ def run(name: str, schemes: list[str], size: int, entries: list[Entry], seeds: r
 
 
 class Ruler:
-    """The float model's side of every comparison, on the judging windows and on a foreign text."""
+    """The float model's side of every comparison, on the judging windows, a foreign text, and its own samples."""
 
-    def __init__(self, name: str, folder: Path, evaluation: np.ndarray) -> None:
+    def __init__(self, name: str, folder: Path, evaluation: np.ndarray, *samples: np.ndarray) -> None:
         import measure
 
         self.name = name
         if name == "minilm":
             self.embedded = encoder.embed(encoder.load(folder), folder)
             return
-        self.windows = {"": evaluation, "foreign_": foreign(name, folder)}
+        self.windows = dict(zip(("", "foreign_", "own_"), (evaluation, foreign(name, folder), *samples), strict=False))
         self.float = {what: measure.reference(folder, ids) for what, ids in self.windows.items()}
 
     def compare(self, out: Path) -> Row:
@@ -182,10 +185,11 @@ class Ruler:
         if self.name == "minilm":
             size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
             return encoder.compare(encoder.load(out), out, self.embedded, size)
-        row = measure.compare(out, self.windows[""], self.float[""])
-        other = measure.compare(out, self.windows["foreign_"], self.float["foreign_"])
-        names = ("perplexity", "float_perplexity", "kl", "kl_ci", "top1")
-        return row | {f"foreign_{name}": other[name] for name in names}
+        row: Row = {}
+        for what, ids in self.windows.items():
+            found = measure.compare(out, ids, self.float[what])
+            row |= found if not what else {what + name: found[name] for name in SEEN[what]}
+        return row
 
 
 def wherry(entry: Entry, folder: Path, out: Path, scheme: str, size: int, tokens: Path) -> Row:
@@ -285,7 +289,10 @@ def show(found: list[Row]) -> None:
     table = Table(box=None, pad_edge=False, collapse_padding=True)
     for title in ("", "seeds", "bits", "perplexity", "KL", "foreign", "ratio", "95%", "spread", "KL ratio"):
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
-    for (model, scheme, size), by in groups([row for row in found if "kl" in row]):
+    models = [row for row in found if "kl" in row]
+    samples = [row | {name: row[f"own_{name}"] for name in SEEN["own_"]} for row in models if "own_kl" in row]
+    samples = [row | {"model": f"{row['model']}, own samples"} for row in samples]
+    for (model, scheme, size), by in groups([*models, *samples]):
         every = [run for runs in by.values() for run in runs]
         float_ = max(every, key=lambda run: run["evaluated"])["float_perplexity"]
         table.add_row(f"[bold]{model} {scheme} g{size}[/bold]", "", "16", f"{float_:.3f}", "0", "0")

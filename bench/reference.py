@@ -11,8 +11,8 @@
 A reference is an fp16 folder that everyone computes in float32; what stays float in a result (embedding, norms) is
 then fp16 for all tools, and their files can be compared byte for byte.
 Text is cut in the middle: the first half calibrates, the second half evaluates; `judging` is more of the same source
-(1152 other samples; all of Acts and letter J), `foreign` is of another source (Shakespeare). Data outside the
-repository is found by WHERRY_DATA only.
+(1152 other samples; all of Acts and letter J), `own` are samples of the decoder itself, `foreign` is of another source
+(Shakespeare). Data outside the repository is found by WHERRY_DATA only.
 """
 
 import copy
@@ -230,6 +230,27 @@ def judging(name: str, folder: Path) -> np.ndarray:
     if not file.exists():
         np.save(file, np.concatenate([babyllama_tokens(folder, seed) for seed in (1, 2, 3)]))
     return np.load(file).reshape(-1, MODELS[name].length)
+
+
+@torch.inference_mode()
+def own(folder: Path, count: int = 192) -> np.ndarray:
+    """Samples [count, 512] of the decoder at temperature 1, seeded, from the token that begins its texts.
+
+    There the expected logarithm of a perplexity ratio is the KL, as on BabyLlama's samples.
+    """
+    from transformers import AutoModelForCausalLM
+
+    file = folder / "own.npy"
+    if not file.exists():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        generator, state = torch.Generator().manual_seed(0), None
+        rows = [torch.full((count, 1), model.config.bos_token_id)]
+        for _ in range(MODELS["decoder"].length - 1):  # not generate(): it would not go on after the end of a text
+            found = model(rows[-1], past_key_values=state, use_cache=True)
+            state = found.past_key_values
+            rows.append(found.logits[:, -1].softmax(-1).multinomial(1, generator=generator))
+        np.save(file, torch.cat(rows, 1).numpy())
+    return np.load(file)
 
 
 def foreign(name: str, folder: Path, count: int = 48) -> np.ndarray:

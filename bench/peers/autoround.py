@@ -44,7 +44,8 @@ def compress(a: argparse.Namespace) -> dict[str, object]:
     parameters = driver.count(done)
     done.to(torch.float16).save_pretrained(a.out)
     own = a.out.with_name(f"{a.out.name}-own")
-    peer.save_quantized(str(own), format="auto_round", inplace=True)
+    layout = "auto_round:auto_gptq" if a.scheme.startswith("W4") else "auto_round"  # its own choice fails: AWQ's
+    peer.save_quantized(str(own), format=layout, inplace=True)
     files = sum(file.stat().st_size for file in own.rglob("*.safetensors"))
     shutil.rmtree(own)
     return took | driver.size(files, parameters) | driver.versions("auto-round", "torch", "transformers")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 
 def options(doc: str | None, methods: Sequence[str]) -> argparse.ArgumentParser:
@@ -45,6 +46,13 @@ def count(model: torch.nn.Module) -> int:
 def size(files: int, parameters: int) -> dict[str, object]:
     """Bytes of the weight files, and bits a parameter."""
     return {"bytes": files, "bits": files * 8 / parameters}
+
+
+def halve(folder: Path) -> None:
+    """Store what is float32 as fp16: scales, embedding, norms. The codes stay as they were solved, in float32."""
+    for file in folder.glob("*.safetensors"):
+        tensors = {name: t.half() if t.dtype == torch.float32 else t for name, t in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
 
 
 def versions(*packages: str) -> dict[str, object]:

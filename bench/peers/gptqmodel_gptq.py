@@ -4,8 +4,9 @@
         --method gptq --scheme W3A16_ASYM --group-size 32 [--mse 2.4 --desc-act true --gptaq true]
 
 Reads a Hugging Face folder and an array of token ids [windows, length]; writes a folder of plain fp16 weights of what
-its codes mean, and counts the bytes of the folder that it saves in its own format. Only the linears of the blocks are
-quantized, in float32. Ends with one JSON line of what it took. With --serve it reads such arguments line by line.
+its codes mean, and counts the bytes of the folder that it saves in its own format, with fp16 in the place of float32.
+Only the linears of the blocks are quantized, in float32. Ends with one JSON line of what it took. With --serve it reads
+such arguments line by line.
 
 The environment: python3.11 -m venv PEER; PEER/bin/pip install torch==2.13.0; PEER/bin/pip install gptqmodel==7.6.0
 It compiles its packer with g++ at the first save, and wants two workers, which a small machine does not give by itself.
@@ -57,6 +58,7 @@ def compress(a: argparse.Namespace) -> dict[str, object]:
                 plain.get_submodule(name).weight.copy_(layer.dequantize_weight().T)
     own = a.out.with_name(f"{a.out.name}-own")
     peer.save(str(own))
+    driver.halve(own)
     files = sum(file.stat().st_size for file in own.glob("*.safetensors"))
     shutil.rmtree(own)
     plain.to(torch.float16).save_pretrained(a.out)

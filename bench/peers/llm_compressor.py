@@ -17,7 +17,6 @@ The environment (torch first, then the peer with a constraints file that holds t
 
 import argparse
 import resource
-from pathlib import Path
 
 import driver
 import numpy as np
@@ -28,7 +27,6 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from loguru import logger
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM  # noqa: TID253
 
 
@@ -91,16 +89,9 @@ def finish(model: torch.nn.Module, a: argparse.Namespace, clock: driver.Clock) -
     """Save; the JSON line of what it took since `clock` was made."""
     took = clock.read()
     model.save_pretrained(a.out, save_compressed=True)
-    halve(a.out)
+    driver.halve(a.out)
     took["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return took | driver.versions("llmcompressor", "torch", "transformers", "compressed-tensors")
-
-
-def halve(folder: Path) -> None:
-    """Store what is float32 as fp16: scales, embedding, norms. The codes stay as they were solved, in float32."""
-    for file in folder.glob("*.safetensors"):
-        tensors = {name: t.half() if t.dtype == torch.float32 else t for name, t in load_file(file).items()}
-        save_file(tensors, file, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

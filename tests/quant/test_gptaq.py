@@ -23,7 +23,7 @@ def test_against_the_textbook_loop() -> None:
     H = X.T @ X / 300
     scale, zero = grid.search(w, S, grid.portable, H.diagonal().float(), norm=3.0)
     U = torch.linalg.cholesky(torch.linalg.inv(H + 0.01 * H.diagonal().mean() * torch.eye(64)), upper=True)
-    P = ((D.T @ X / 300) @ U.T).triu(1) @ U
+    P = ((1 - 64 / 300) * (D.T @ X / 300) @ U.T).triu(1) @ U
     assert zero is not None
     s, z = scale.double().repeat_interleave(32, 1), zero.double().repeat_interleave(32, 1)
     W, code = w.double().clone(), torch.empty(8, 64)
@@ -34,6 +34,23 @@ def test_against_the_textbook_loop() -> None:
         e = (now - s[:, j] * (q - z[:, j])) / U[j, j]
         W[:, j + 1 :] += now[:, None] * P[j, j + 1 :] - e[:, None] * U[j, j + 1 :]
     assert (code == ours.code).float().mean() > 0.98
+
+
+def test_few_tokens_are_trusted_less() -> None:
+    """96 tokens for 64 inputs and a drift that is noise: on 2000 other tokens better than the whole correction is."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        ref, w = inputs(2096, 64, seed), torch.randn(48, 64)
+        x = ref + 0.5 * ref.std() * torch.randn_like(ref)
+        ours, notes = GPTAQ(scheme=S), []
+        stat = ours.observe(None, x[:96], ref[:96])
+        whole = stat._replace(drift=stat.drift / (1 - 64 / 96))
+        errors = [float((ours.solve(w, s, notes).decode() @ x[96:].T - w @ ref[96:].T).norm()) for s in (stat, whole)]
+        assert errors[0] < 0.97 * errors[1]
+        assert "0.33 of the correction" in notes[0]
+        few = ours.observe(None, x[:60], ref[:60])
+        plain = GPTQ(scheme=S)
+        assert torch.equal(ours.solve(w, few).code, plain.solve(w, plain.observe(None, x[:60])).code)
 
 
 def test_it_repairs_what_came_before() -> None:

@@ -7,10 +7,11 @@ Idea:   minimise ||Q X - W X'||^2, X what the compressed model feeds, X' what th
 Shapes: w [n, k]; x, x_ref [tokens, k]; H, D = dX X^T, U, P [k, k].      n = outputs, k = inputs.
 Cost:   twice GPTQ's statistics, and one more product in the loop; each layer of a block is observed on its own.
 Fails:  as gptq.
-Differs: `alpha` scales the correction (1 is the paper). Signs cannot follow a large one: for binary and ternary grids
-        alpha, a half and a quarter of it and 0 are tried, and what gives that layer the least ||Q X - W X'||^2 stays,
-        with a remark; rounding, if all of them went 0.9 of the weight's norm away. refit fits scales to the corrected
-        target W (H + D) H^-1, so that both pull the same way.
+Differs: `alpha` scales the correction (1 is the paper). So does 1 - k / tokens, since some of dX seems to follow from X
+        by chance, as in the adjusted R^2; from as many inputs as tokens on it is gptq. Signs cannot follow a large
+        one: for binary and ternary grids alpha, a half and a quarter of it and 0 are tried, and what gives that layer
+        the least ||Q X - W X'||^2 stays, with a remark; rounding, if all of them went 0.9 of the weight's norm away.
+        refit fits scales to the corrected target W (H + D) H^-1, so that both pull the same way.
 """
 
 from dataclasses import dataclass
@@ -64,7 +65,10 @@ class GPTAQ(Pass):
         if stat is None:
             raise BadInput("gptaq needs calibration statistics; rtn is the method without data")
         W, k = w.float(), w.shape[-1]
-        H, D = (total / max(stat.tokens, 1) for total in (stat.total, self.alpha * stat.drift))
+        trust = max(0.0, 1 - k / max(stat.tokens, 1))
+        if trust < 0.5 and notes is not None:
+            notes.append(f"{trust:.2f} of the correction: {stat.tokens} tokens say little of the drift of {k} inputs")
+        H, D = (total / max(stat.tokens, 1) for total in (stat.total, self.alpha * trust * stat.drift))
         scale, zero = grid.search(W, self.scheme, self.rounding, H.diagonal(), norm=self.norm)
         order, U, damp = ordered_factor(stat.total, stat.tokens, self.damp)
         if damp != self.damp and notes is not None:

@@ -158,7 +158,7 @@ def compress(
     """
     from wherry.deliver import deliver
     from wherry.describe import sizes, write
-    from wherry.prove import prove_folder
+    from wherry.prove import prove_folder, text_windows
 
     if not isinstance(model, str | Path):
         with TemporaryDirectory() as folder:
@@ -176,6 +176,8 @@ def compress(
     made.device, stamp = device, stamp | ({} if device == "cpu" else {"device": device})
     report = Report(f"{made.checkpoint.name} -> {out.name}")
     full = bool(formats) or made.checkpoint.graph is not None  # a graph's result is what runs
+    if formats and made.task.kind == "text-generation":
+        text_windows(made.task, judged)  # too little text to judge on is told before the work
 
     def describe(result: Path) -> None:
         report.extend(sizes(made, result))

@@ -36,6 +36,8 @@ def render(report: Report) -> list[RenderableType]:
     failed = [row for row in report if row.what.startswith("check: ") and row.value is False]
     for row in failed:
         parts.append(Text(f"failed: {row.what.removeprefix('check: ')} ({row.where}): {row.note}", style="red"))
+    for row in report.select("zeros"):
+        parts.append(Text(f"zeros: {row.value:.3g}% {row.note}"))
     for row in report.select("sample"):
         parts.append(Text(f"sample ({row.where}), {row.note}\n  {str(row.value)[:300]}"))
     notes = report.select("note")

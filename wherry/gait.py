@@ -19,6 +19,7 @@
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -165,14 +166,25 @@ class Pruner(Pass):
             return 1 - n / m
         return self.sparsity
 
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether the share rounds to one weight (tile) or more of a weight [n, k], and leaves one."""
+        high, wide = sparse.tile_of(self.block)
+        whole = shape[-1] // wide * (1 if self.rows else math.prod(shape[:-1]) // high)
+        return bool(self.pattern) or (whole > 1 and round(self.sparsity * whole) > 0)
+
     def wording(self, sparsity: float) -> str:
         """What the plan says of a weight."""
         how = f" ({self.pattern})" if self.pattern else f" (blocks of {self.block})" if self.block else ""
         return f"{100 * sparsity:.4g}% zeros{how}"
 
+    @property
+    def rows(self) -> bool:
+        """Whether the share is taken of every row, and not of the whole weight."""
+        return False
+
     def keep(self, score: torch.Tensor) -> torch.Tensor:
         """The mask [n, k] of weights that stay: those of largest score [n, k], as the knobs say, in each layer."""
-        return sparse.keep(score, self.sparsity, self.pattern, self.block)
+        return sparse.keep(score, self.sparsity, self.pattern, self.block, rows=self.rows)
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -117,14 +117,19 @@ def _facts(report: Report, session: Session, where: str) -> None:
     report.add("grade", where, session.grade, note=GRADES[session.grade])
 
 
+def text_windows(task: Any, source: data.Data | None) -> tuple[data.Data, np.ndarray]:
+    """The text that judges a language model, and its windows [n, length] of ids. Raises BadInput: too little text."""
+    source = source or data.read(data.shipped("evaluation"))
+    return source, data.windows(source, task, min(LENGTH, task.max_length), WINDOWS)
+
+
 def _text(
     report: Report, items: Sequence[Item], sessions: dict[str, Session], reference: Session | None, original: Any,
     source: data.Data | None, limits: Limits, progress: Progress,
 ) -> None:  # fmt: skip
     """Perplexity, KL and top-1 against the original; KL against our own checkpoint; a sample."""
     task = (original or items[0].artifact).task
-    source = source or data.read(data.shipped("evaluation"))
-    windows = data.windows(source, task, min(LENGTH, task.max_length), WINDOWS)
+    source, windows = text_windows(task, source)
     report.add("evaluation data", "", source.name, note=f"{windows.size} tokens, sha256 {source.digest[:16]}")
     scored: dict[str, Any] = {
         name: drift.record(s, windows.tolist(), progress=progress) if s.grade == "B" else s

@@ -180,7 +180,11 @@ class Recipe:
             first = sum(len(plan.recipe.steps) for plan in plans)
             plans.append(stage.settle(current, formats if stage is stages[-1] else (), first))
             current = stage.expect(current)
-        return plans[0] if len(plans) == 1 else Plan.joined(checkpoint, self, plans)
+        first_step: Any = stages[0].steps[-1]
+        if getattr(first_step, "threshold", 0.0):  # whether it leaves a layer nothing is known from the weights alone
+            first_step.share(plans[0], [], lambda *_: None)
+        alone = len(plans) == 1 and not hasattr(stages[0].steps[-1], "remake")  # the work starts from what is there
+        return plans[0] if alone else Plan.joined(checkpoint, self, plans)
 
     def settle(self, checkpoint: Checkpoint, formats: tuple[str, ...] = (), first: int = 0) -> "Plan":
         """The plan of one stage. first: how many steps of the whole recipe stand before it."""
@@ -259,7 +263,12 @@ class Plan:
     @classmethod
     def joined(cls, checkpoint: Checkpoint, recipe: Recipe, plans: "list[Plan]") -> "Plan":
         """One plan of several stages: rows of the last, with the remarks of those before and the first's bytes."""
-        rows: dict[str, PlanRow] = {}
+        left, gone = {row.name for row in plans[0].rows}, f"removed by step 1 ({plans[0].recipe.steps[0].method})"
+        rows: dict[str, PlanRow] = {
+            row.name: dataclasses.replace(row, after=0, reason=gone)
+            for row in cls.of(checkpoint).rows
+            if row.name not in left
+        }
         for plan in plans:
             now = {row.name: row for row in plan.rows}
             for name, old in rows.items():

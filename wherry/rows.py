@@ -115,6 +115,8 @@ def pruned(steps: tuple[Pass, ...], checkpoint: Checkpoint, row: PlanRow, why: s
         sparsity = step.planned(row.shape)
     except BadInput as error:
         raise BadInput(f"{row.name}: {error}") from error
+    if not getattr(step, "takes", lambda shape: True)(row.shape):
+        return dataclasses.replace(row, reason=f"the share of {number} rounds to nothing of it")
     for other in steps[:-1]:  # it says how much each layer takes, around that
         getattr(other, "choices", lambda sparsity: [])(sparsity)
         number += f", shared out by step {first + 1} ({other.method})"

@@ -563,6 +563,15 @@ def test_wrong_calibration_data(
     refuses(run, tmp_path, words, wanted)
 
 
+def test_too_little_to_judge_on_is_told_before_the_work(run: Run, tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Too short.")
+    words = ["compress", tiny_llama, "-o", tmp_path / "out", "--recipe", RTN, "--format", "gguf"]
+    said = run(*words, "--evaluation", tmp_path / "short.txt")
+    assert "fewer than one window" in " ".join(message(said))
+    assert "model.layers" not in said.error  # no line of progress
+    assert tree(tmp_path) == {"short.txt": 10}
+
+
 @pytest.mark.parametrize(
     ("tokens", "wanted"),
     [

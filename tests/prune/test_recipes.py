@@ -39,7 +39,8 @@ def pruned(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Checkp
     [
         f"awq:{G} | gptq:{G}", "smoothquant | rtn:scheme=W8A8,embedding=keep", f"gptaq:{G}",
         f"rounding:{G},iters=4 | tune:epochs=1", "mixed:bits=3.5 | gptq:" + G, "rtn:scheme=NF4,group_size=32",
-        "gptq:scheme=W2A16,group_size=32", "rtn:scheme=W4A16,group_size=32",
+        "gptq:scheme=W2A16,group_size=32", "rtn:scheme=W4A16,group_size=32", f"hqq:{G}",
+        "hqq:scheme=W1.58A16,group_size=32", f"best:{G}", "kvcache | rtn:scheme=W8A16,group_size=32",
     ],
 )  # fmt: skip
 def test_zeros_stay_through_quantization(after: str, pruned: Checkpoint, tiny_llama: Path, tmp_path: Path) -> None:

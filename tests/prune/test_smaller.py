@@ -32,6 +32,25 @@ def test_a_recipe_of_stages_exports_to_gguf_and_onnx(tmp_path: Path) -> None:
     assert (out / "onnx" / "wherry.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("recipe", "entry", "wanted"),
+    [("width:neurons=0.5", "intermediate_size", 64), ("depth:layers=2", "num_hidden_layers", 2),
+     ("width:heads=2", "num_attention_heads", 2)],
+)  # fmt: skip
+def test_a_step_alone_begins_with_the_model_that_is_there(recipe: str, entry: str, wanted: int, tmp_path: Path) -> None:
+    """Not with what the plan expects of it: once as much goes as was asked for, and what stays is what it was."""
+    source = write_llama(tmp_path / "llama", layers=3)
+    plan = wherry.plan(source, recipe)
+    assert plan.before > plan.after
+    report = wherry.compress(source, tmp_path / "out", recipe, samples=4, length=32)
+    assert report.get("verdict").value == "PASS"
+    made, dense = Checkpoint.open(tmp_path / "out"), Checkpoint.open(source)
+    assert made.config[entry] == wanted
+    for name in ("model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"):
+        assert torch.equal(made.tensor(name), dense.tensor(name))
+    assert not any(torch.equal(made.weight(name), torch.zeros(made.shape(name))) for name in made.names())
+
+
 def test_repair_keeps_more(tmp_path: Path) -> None:
     """Distance of the logits on other inputs: solved again < left as it is."""
     checkpoint = Checkpoint.open(write_llama(tmp_path / "llama"))

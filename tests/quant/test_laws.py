@@ -8,16 +8,14 @@ import torch
 from wherry.ops import grid
 from wherry.ops.latent import Latent
 from wherry.recipe import build
+from wherry.rows import holds_zero
 from wherry.scheme import PRESETS, QTensor
 from wherry.shelf import names
 
 SOLVERS = [name for name in names("quant") if build(name, {}).solves]  # a new one is under the laws at once
 FREE = [name for name in SOLVERS if not hasattr(build(name, {}), "observe")]
 CALIBRATED = [name for name in SOLVERS if name not in FREE]
-WITH_ZERO = [
-    "W4A16_ASYM", "W3A16", "W2A16_ASYM", "W8A16", "NF4", "MXFP4A16", "NVFP4A16", "FP4A16", "FP8A16", "FP8_E5M2A16",
-    "W1.58A16", "Q3_K", "Q6_K",
-]  # fmt: skip
+WITH_ZERO = [name for name, scheme in PRESETS.items() if holds_zero(scheme)]
 
 
 def solve(method: str, w: torch.Tensor, x: torch.Tensor, **knobs: Any) -> QTensor:

@@ -1,5 +1,6 @@
 """Windows of text, against slices and counts made here; bytes of text, against the file's own size."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,7 @@ def test_bytes_of_a_text_are_those_of_its_file(tiny_llama: Path, tmp_path: Path)
     np.save(tmp_path / "a.npy", ours.tokens)
     spelled = samples.opened(str(tmp_path / "a.npy"), task, cut, tmp_path / "tokens").parts[0]
     assert spelled.size == ours.size
+    assert spelled.digest == hashlib.sha256((tmp_path / "a.npy").read_bytes()).hexdigest()  # of the content alone
     assert samples.opened(str(tmp_path / "a.npy"), task, text.Cut(32), tmp_path / "tokens").parts[0].size == 0
     with pytest.raises(BadInput, match="where documents begin"):
         samples.opened(str(tmp_path / "a.npy"), task, text.Cut(32, "documents"), tmp_path / "tokens")

@@ -6,7 +6,8 @@ Idea:   |w| is what removing w changes at most per unit of input. scope=layer an
         threshold=t takes every |w| < t, whatever share that is.
 Shapes: w [n, k]; a convolution's k = channels * kernel.
 Cost:   O(n k log(n k)), one tensor in memory, no data; global and threshold read the weights once or twice before.
-Fails:  BadInput where a threshold leaves a layer nothing or takes nothing at all, before any weight is written.
+Fails:  BadInput where a threshold leaves a layer nothing or takes nothing at all: `threshold` when the plan is made,
+        which reads the weights then, scope=global before any weight is written.
 """
 
 import math
@@ -33,6 +34,15 @@ class Magnitude(Pruner):
             raise BadInput(f"magnitude: threshold={self.threshold:g} is not a size of weights above 0")
         if (self.scope == "global" or self.threshold) and (self.pattern or self.block):
             raise BadInput("magnitude: a threshold goes by single weights; leave pattern= and block= out")
+
+    @property
+    def rows(self) -> bool:
+        """Whether each output loses the same share."""
+        return self.scope == "row"
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether the share is one weight or more; where one threshold is for all, the weights decide."""
+        return bool(self.threshold) or self.scope == "global" or super().takes(shape)
 
     def planned(self, shape: tuple[int, ...]) -> float:
         """Share of a weight that becomes zero; 0 where the weights decide."""
@@ -72,4 +82,4 @@ class Magnitude(Pruner):
         """W [n, k] with its smallest weights zero."""
         if self.threshold:
             return w * (w.abs() >= self.threshold)
-        return w * sparse.keep(w.float().abs(), self.sparsity, self.pattern, self.block, rows=self.scope == "row")
+        return w * self.keep(w.float().abs())

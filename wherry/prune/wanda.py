@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 
 from wherry.gait import Pruner
-from wherry.ops import sparse
 
 
 class Squares(NamedTuple):
@@ -28,6 +27,11 @@ class Squares(NamedTuple):
 class Wanda(Pruner):
     """Size of weights times norms of inputs."""
 
+    @property
+    def rows(self) -> bool:
+        """Weights of one output compete with each other alone."""
+        return True
+
     def observe(self, stat: Squares | None, x: torch.Tensor) -> Squares:
         """Add the tokens x [tokens, k] to the statistic."""
         found = x.float().square().sum(0)
@@ -38,4 +42,4 @@ class Wanda(Pruner):
         score = w.float().abs()
         if stat is not None:
             score = score * (stat.total / max(stat.tokens, 1)).sqrt()
-        return w * sparse.keep(score, self.sparsity, self.pattern, self.block, rows=True)
+        return w * self.keep(score)

@@ -168,8 +168,9 @@ def opened(path: Path, task: Task, cut: Cut, folder: Path) -> Any:
             raise BadInput(f"{path}: whole numbers [n] or [windows, length] wanted, not {tokens.dtype} {tokens.shape}")
         if cut.packing == "documents" and not cut.judged:
             raise BadInput(f"{path} does not say where documents begin: packing=stream, or give text or .jsonl")
-        stamp = f"{path.stat().st_size} {path.stat().st_mtime_ns} {tokens[:64].tobytes()!r}"
-        digest, tokens, starts = hashlib.sha256(stamp.encode()).hexdigest(), tokens.reshape(-1), np.array([0])
+        with open(path, "rb") as file:  # of what it holds: a file written again is the same data
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        tokens, starts = tokens.reshape(-1), np.array([0])
         size = spelled(tokens, task) if cut.judged else 0
     else:
         tokens, starts, digest, size = tokenized(path, task, folder)

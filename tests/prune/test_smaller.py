@@ -9,7 +9,9 @@ import torch
 
 import wherry
 from tests.conftest import write_llama, write_wordpiece
+from wherry import dependency
 from wherry.checkpoint import Checkpoint
+from wherry.dependency import choose, kinds
 from wherry.dependency.blocks import influence, merge
 from wherry.errors import BadInput, Unsupported
 from wherry.prune.depth import Depth
@@ -163,3 +165,29 @@ def test_a_graph_is_pruned_by_budget_and_written_again(tmp_path: Path) -> None:
         Width(parameters=0.99, multiple=4).remake(checkpoint, tmp_path / "no", batches, lambda *_: None)
     with pytest.raises(Unsupported, match="width"):
         Depth(layers="2").expect(checkpoint)
+
+
+@pytest.mark.parametrize("target", [0.2, 0.5, 0.7])
+def test_a_budget_takes_what_matters_least_for_its_cost(target: float) -> None:
+    """Against the list of all groups in the order of score / (parameters of one), cut where the budget is met."""
+    net = torch.nn.Sequential(
+        torch.nn.Linear(4, 12), torch.nn.ReLU(), torch.nn.Linear(12, 40), torch.nn.ReLU(), torch.nn.Linear(40, 3)
+    )
+    graph = dependency.graph(net, {"input": torch.randn(2, 4)})
+    families = kinds.families(graph, None)
+    one = {12: 4 + 1 + 40, 40: 12 + 1 + 3}  # a row, a bias, a column
+    random = np.random.default_rng(3)
+    scores = {f: random.uniform(0.1, 1, len(f.groups)) * (3 if len(f.groups) == 12 else 1) for f in families}
+    stay = choose.ranked(graph, families, scores, target, "parameters", 1)
+
+    def left(a: int, b: int) -> int:
+        return 4 * a + a + a * b + b + b * 3 + 3
+
+    density = sorted((s / one[len(f.groups)], len(f.groups)) for f in families for s in scores[f])
+    for gone in range(len(density)):
+        a, b = (n - sum(size == n for _, size in density[:gone]) for n in (12, 40))
+        if left(a, b) <= (1 - target) * left(12, 40):
+            break
+    assert {len(f.groups): n for f, n in stay.items()} == {12: a, 40: b}
+    assert a < 12
+    assert b < 40

@@ -31,6 +31,31 @@ def test_a_graph_learns_and_is_a_graph_again(tmp_path: Path, job_of: Callable) -
     onnx.checker.check_model(str(tmp_path / "again" / "model.onnx"))
 
 
+def test_channels_last_changes_time_alone(tmp_path: Path, job_of: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same losses and weights as in the usual layout; the file's weights are in the usual one."""
+    model, data = cnn(tmp_path / "net", "batch"), str(pictures(tmp_path / "data"))
+    seen, laid = [], student.laid
+
+    def plain(module: torch.nn.Module, form: torch.memory_format) -> None:
+        laid(module, torch.contiguous_format)
+
+    def watched(module: torch.nn.Module, form: torch.memory_format) -> None:
+        laid(module, form)
+        weights = [p for p in module.parameters() if p.ndim == 4]
+        seen.append(form is torch.channels_last and all(p.is_contiguous(memory_format=form) for p in weights))
+
+    made = {}
+    for name, how in (("plain", plain), ("last", watched)):
+        monkeypatch.setattr(student, "laid", how)
+        losses = loop.run(Job.from_dict(job_of(model, name, **MORE, data=data, steps=6)))["losses"]
+        graph = onnx.load(str(tmp_path / name / "model.onnx")).graph
+        made[name] = losses, [onnx.numpy_helper.to_array(t) for t in graph.initializer]
+    assert seen == [True, False]  # while it learns, and when it is written
+    np.testing.assert_allclose(made["last"][0], made["plain"][0], rtol=1e-5)
+    for a, b in zip(made["last"][1], made["plain"][1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_norms_stay_or_gather() -> None:
     net = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2)).train()
     student.norms(net, "frozen")

@@ -40,7 +40,8 @@ class Width(Pass):
 
     parameters, macs: a budget in place of these: the share of all parameters or multiply-accumulates that goes.
     by: heads go in whole "groups" over one head of keys, or single "queries" of each group.
-    importance: magnitude, activation, taylor, hessian. repair: solve the reading layers again.
+    importance: magnitude, activation, taylor, hessian; "" is hessian, but taylor where a budget is shared among the
+    layers of a graph, whose scores must be comparable. repair: solve the reading layers again.
     multiple: neurons, channels and hidden lanes are rounded to it. uniform: a graph's layers lose equal shares.
     """
 
@@ -51,7 +52,7 @@ class Width(Pass):
     parameters: float = 0.0
     macs: float = 0.0
     by: Literal["groups", "queries"] = "groups"
-    importance: Literal["magnitude", "activation", "taylor", "hessian"] = "hessian"
+    importance: Literal["", "magnitude", "activation", "taylor", "hessian"] = ""
     repair: bool = True
     multiple: int = 8
     uniform: bool = False
@@ -119,11 +120,12 @@ class Width(Pass):
         """Importance of each family's groups, and the second moments that repair needs."""
         watched = {f: importance.readers(module, f.groups) for f in widths.families if f.kind != "hidden"}
         readers = {name: r for each in watched.values() for name, r in each.items()}
-        wanted = self.repair or self.importance in ("activation", "hessian")
+        chosen = self.importance or ("hessian" if widths.stay else "taylor")
+        wanted = self.repair or chosen in ("activation", "hessian")
         grams = inputs_of(module, readers, data, lambda i, n: progress(i, n, "inputs of layers")) if wanted else {}
         scores = {}
         for family in widths.families:
-            method: str = self.importance
+            method: str = chosen
             if family.kind == "hidden" or method in ("activation", "hessian") and not watched[family]:
                 method = "magnitude" if method == "magnitude" else "taylor"
             scores[family] = importance.score(method, module, family.groups, grams, data)

@@ -63,6 +63,9 @@ class Learner:
             world.agree(self._shows_attention)
         world.agree(self._prepare)
         module.to(world.device)
+        for one in (self.student, self.teacher):
+            if one is not None and one.graph and world.size == 1 and world.device.type == "cpu":
+                student.laid(one.module, torch.channels_last)
         self.pipeline: stages.Pipeline | None = None
         self.rows = 0
         if world.sizes["pp"] > 1:

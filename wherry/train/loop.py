@@ -374,6 +374,7 @@ class Run:
                 step.prepare(made.module, made.checkpoint)
             student.load(made.module, state)
         made.module.cpu()
+        student.laid(made.module, torch.contiguous_format)
         with torch.no_grad():
             for step in reversed(self.objective.having("finish")):
                 step.finish(made.module, made.checkpoint)

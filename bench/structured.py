@@ -44,7 +44,7 @@ class Case:
 
 
 SENTENCES = {"recipe": "embedding", "steps": 120, "batch": 32, "length": 64, "learning_rate": 1e-4, "warmup": 6}
-PICTURES = {"recipe": "kl:temperature=4,weight=0.9 | ce:weight=0.1", "epochs": 3, "batch": 64, "augment": "flip,crop",
+PICTURES = {"recipe": "kl:temperature=4,weight=0.9 | ce:weight=0.1", "epochs": 2, "batch": 64, "augment": "flip,crop",
             "optimizer": "sgd", "learning_rate": 0.03, "momentum": 0.9, "warmup": 50}  # fmt: skip
 TEXT = {"recipe": "kl:weight=0.7 | ce:weight=0.3", "steps": 120, "batch": 8, "length": 256, "learning_rate": 1e-3,
         "warmup": 10}  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -313,8 +313,13 @@ class Checkpoint:
             raise Corrupt(f"{self.path}: transformers cannot build a model by its config.json.\n{reason}") from error
         return module.eval()
 
-    def places(self, module: torch.nn.Module) -> dict[str, str]:
-        """{parameter of the module: name of the weight}; tied parameters share a name.
+    @property
+    def apart(self) -> bool:
+        """Whether experts are stored one by one, which transformers renames and computes in one tensor."""
+        return any(re.search(r"\.experts\.\d+\.", name) for name in self.names())
+
+    def places(self, module: torch.nn.Module, some: bool = False) -> dict[str, str]:
+        """{parameter of the module: name of the weight}; tied parameters share a name. some: without what is missing.
 
         Raises Corrupt when a parameter of the module has no weight in the checkpoint, or one of another shape.
         """
@@ -327,7 +332,7 @@ class Checkpoint:
                 embedding = module.get_input_embeddings().weight  # type: ignore[operator]
                 match = next((found[n] for n in found if module.get_parameter(n) is embedding), None)
             if match is None:
-                if "pooler" in name:  # sentence encoders are often shipped without it, and it is not used
+                if some or "pooler" in name:  # sentence encoders are often shipped without it, and it is not used
                     continue
                 raise Corrupt(f"{self.path} lacks the weight {name}, which {type(module).__name__} needs")
             if tuple(parameter.shape) != self.shape(match):
@@ -345,6 +350,8 @@ class Checkpoint:
     def module(self) -> torch.nn.Module:
         """The whole model in float32, eval mode, with decoded weights; tied parameters stay tied."""
         module, tensors = self.skeleton(), {}
+        if self.apart and len(self.places(module, some=True)) < len(list(module.named_parameters())):
+            return self.converted(type(module))
         for parameter, name in self.places(module).items():
             if name not in tensors:
                 tensors[name] = torch.nn.Parameter(self.weight(name), requires_grad=False)
@@ -353,6 +360,14 @@ class Checkpoint:
             if left.is_meta:  # an unused pooler
                 put(module, name, torch.zeros(left.shape))
         return module
+
+    def converted(self, kind: Any) -> torch.nn.Module:
+        """The module as transformers itself loads it, which renames weights. Raises Corrupt for what it misses."""
+        how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
+        made: Any = kind.from_pretrained(self.path, use_safetensors=True, output_loading_info=True, **how)
+        if missing := [*made[1]["missing_keys"], *made[1]["mismatched_keys"]]:
+            raise Corrupt(f"{self.path} lacks the weight {missing[0]}, which {kind.__name__} needs")
+        return cast(torch.nn.Module, made[0].eval().requires_grad_(False))
 
 
 def put(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:

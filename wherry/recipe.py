@@ -23,7 +23,7 @@ import yaml
 
 from wherry import shelf
 from wherry.checkpoint import Checkpoint
-from wherry.errors import BadInput, Unsupported
+from wherry.errors import BadInput, Corrupt, Unsupported
 from wherry.gait import Pass as Pass
 from wherry.gait import Pruner
 from wherry.gait import matches as matches
@@ -194,6 +194,8 @@ class Recipe:
             made = self.expect(checkpoint)
             plan = Plan(made, self, remade(self.steps, checkpoint, made, first), formats, first)
         else:
+            if checkpoint.graph is None and checkpoint.apart:
+                self._whole(checkpoint)
             checkpoint = self._rewritten(checkpoint)
             rows = [row_of(self.steps, checkpoint, *item, first) for item in roles(checkpoint)]
             plan = Plan(checkpoint, self, rows, formats, first)
@@ -205,6 +207,16 @@ class Recipe:
             for tensor, note in shelf.find("formats", name).check(plan).items():
                 plan.note(tensor, f"{name}: {note}")
         return plan
+
+    def _whole(self, checkpoint: Checkpoint) -> None:
+        """Raise Unsupported for experts that are stored one by one and computed in one tensor."""
+        try:
+            checkpoint.places(checkpoint.skeleton())
+        except Corrupt as error:
+            raise Unsupported(
+                f"{checkpoint.name} has fused experts, which {self.steps[-1].method} does not take: it is for Linear "
+                "layers.\nexperts, width and depth make it smaller."
+            ) from error
 
     def _rewritten(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint as the steps that rewrite leave it. What fails without such a step too is told first."""

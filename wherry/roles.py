@@ -16,7 +16,7 @@ def roles(checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
         return checkpoint.graph.roles()
     module = checkpoint.skeleton()
     inside = stack(module) + "."
-    places = checkpoint.places(module)
+    places = checkpoint.places(module, some=checkpoint.apart)
     role: dict[str, tuple[str, str]] = {}
     find_head = getattr(module, "get_output_embeddings", None)
     head = find_head() if callable(find_head) else None
@@ -44,7 +44,8 @@ def roles(checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
                 role[name] = found
     out = []
     for name in checkpoint.names():
-        kind, why = role.get(name, ("other", "not a parameter of the module"))
+        alone = "one expert, which transformers computes with the others" if ".experts." in name else ""
+        kind, why = role.get(name, ("other", alone or "not a parameter of the module"))
         if kind in QUANTIZABLE and checkpoint.scheme(name) is not None:
             why = QUANTIZED
         if "pooler" in name and kind == "linear":

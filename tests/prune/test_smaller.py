@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import wherry
-from tests.conftest import write_llama, write_wordpiece
+from tests.conftest import write_llama, write_tokenizer, write_wordpiece
 from wherry import dependency
 from wherry.checkpoint import Checkpoint
 from wherry.dependency import choose, kinds
@@ -52,6 +52,30 @@ def test_a_step_alone_begins_with_the_model_that_is_there(recipe: str, entry: st
     for name in ("model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"):
         assert torch.equal(made.tensor(name), dense.tensor(name))
     assert not any(torch.equal(made.weight(name), torch.zeros(made.shape(name))) for name in made.names())
+
+
+def test_experts_of_a_folder_that_stores_them_one_by_one(tmp_path: Path) -> None:
+    """As the hub has them: transformers renames and fuses them. Through the verbs, then by stock transformers."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    source, out, ids = tmp_path / "moe", tmp_path / "out", torch.from_numpy(IDS[0]["input_ids"])
+    config = Qwen3MoeConfig(
+        vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, max_position_embeddings=128,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(source)
+    write_tokenizer(source)
+    assert any(".experts.0." in name for name in Checkpoint.open(source).names())
+    assert wherry.plan(source, "experts:experts=2").before > wherry.plan(source, "experts:experts=2").after
+    assert wherry.compress(source, out, "experts:experts=2", samples=4, length=32).get("verdict").value == "PASS"
+    stock = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert stock.config.num_experts == 2
+    with torch.no_grad():
+        torch.testing.assert_close(Checkpoint.open(out).module()(ids).logits, stock(ids).logits)
+        assert not torch.equal(stock(ids).logits, Checkpoint.open(source).module()(ids).logits)
+    with pytest.raises(Unsupported, match="fused experts"):
+        wherry.plan(source, "rtn:scheme=W8A16,group_size=16")
 
 
 def test_repair_keeps_more(tmp_path: Path) -> None:
@@ -144,6 +168,8 @@ def test_vocabulary_keeps_what_is_used(tmp_path: Path) -> None:
     assert made.task.tokenizer.encode("w447").tokens != ["[CLS]", "w447", "[SEP]"]
     with pytest.raises(BadInput, match="must stay"):
         Vocabulary(tokens="16", multiple=16).expect(checkpoint)
+    with pytest.raises(BadInput, match="leaves all 512"):
+        Vocabulary(tokens="512").expect(checkpoint)
     with pytest.raises(Unsupported, match="WordPiece"):
         Vocabulary().expect(Checkpoint.open(write_llama(tmp_path / "llama")))
 
@@ -168,8 +194,12 @@ def test_a_graph_is_pruned_by_budget_and_written_again(tmp_path: Path) -> None:
     assert {len(graph.read(name)) for name in graph.layers} == {16, 5}  # 32 and 24 lanes, to whole blocks of 16; logits
     with pytest.raises(BadInput, match="at most"):
         Width(parameters=0.99, multiple=4).remake(checkpoint, tmp_path / "no", batches, lambda *_: None)
+    with pytest.raises(BadInput, match="at most"):
+        Width(parameters=0.99, multiple=4).expect(checkpoint)
     with pytest.raises(Unsupported, match="width"):
         Depth(layers="2").expect(checkpoint)
+    with pytest.raises(Unsupported, match="WordPiece"):
+        Vocabulary().expect(checkpoint)
 
 
 @pytest.mark.parametrize("target", [0.2, 0.5, 0.7])

@@ -66,6 +66,15 @@ def uniform(
     )
 
 
+def reach(graph: Graph, families: Sequence[Family], target: float, by: str, multiple: int) -> None:
+    """Raise BadInput where all that may go of all families saves less than `target` of the parameters or macs."""
+    cost = Cost(graph)
+    stay = {f: rounded(int(np.ceil(len(f.groups) * (1 - MOST))), len(f.groups), multiple) for f in families}
+    most = 1 - cost.of([g for f, n in stay.items() for g in f.groups[n:]])[by] / cost.total[by]
+    if most < target:
+        raise BadInput(f"{by}={target}: the channels that may go save {most:.0%} at most; ask for less")
+
+
 def ranked(
     graph: Graph, families: Sequence[Family], scores: Mapping[Family, np.ndarray], target: float, by: str, multiple: int
 ) -> dict[Family, int]:
@@ -93,9 +102,8 @@ def ranked(
         gone = [g for f, n in kept(level).items() for g in f.groups[n:]]
         return 1 - cost.of(gone)[by] / cost.total[by]
 
+    reach(graph, families, target, by, multiple)
     low, high = 0, len(levels)
-    if saved(np.inf) < target:
-        raise BadInput(f"{by}={target}: the channels that may go save {saved(np.inf):.0%} at most; ask for less")
     while low < high:  # the lowest level that meets the budget
         middle = (low + high) // 2
         if saved(levels[middle] if middle < len(levels) else np.inf) >= target:

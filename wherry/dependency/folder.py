@@ -30,7 +30,7 @@ def module(checkpoint: Checkpoint) -> nn.Module:
         raise Unsupported(f"{checkpoint.path} is a graph")
     made = build(checkpoint, checkpoint.config)
     if not written_so(checkpoint, made):
-        return converted(checkpoint, type(made))
+        return checkpoint.converted(type(made))
     if checkpoint.task.kind == "sentence-similarity" and hasattr(made, "pooler"):
         made._modules["pooler"] = None  # sentence encoders pool by themselves
     tensors: dict[str, torch.Tensor] = {}
@@ -59,18 +59,6 @@ def written_so(checkpoint: Checkpoint, made: nn.Module) -> bool:
             return False
         raise
     return True
-
-
-def converted(checkpoint: Checkpoint, kind: Any) -> nn.Module:
-    """The module as transformers itself loads it, which renames weights. Raises Corrupt for what it misses."""
-    made, facts = kind.from_pretrained(
-        checkpoint.path, dtype=torch.float32, attn_implementation="eager", local_files_only=True, use_safetensors=True,
-        output_loading_info=True,
-    )  # fmt: skip
-    if missing := [*facts["missing_keys"], *facts["mismatched_keys"]]:
-        raise Corrupt(f"{checkpoint.path} lacks the weight {missing[0]}, which {kind.__name__} needs")
-    found: nn.Module = made.eval()
-    return found.requires_grad_(False)
 
 
 def save(checkpoint: Checkpoint, changed: nn.Module, config: Mapping[str, Any], out: Path) -> None:

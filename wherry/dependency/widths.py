@@ -59,6 +59,8 @@ class Widths:
             self.families = list(self.stay)
         if not self.families:
             raise BadInput(f"{self.checkpoint.name} has nothing of that kind that can go")
+        if self.target and not self.stay:
+            choose.reach(self.graph, self.families, self.target, self.of, self.multiple)
         if self.stay and all(n == len(family.groups) for family, n in self.stay.items()):
             asked = ", ".join(f"{kind}={text}" for kind, text in self.given.items() if text)
             raise BadInput(f"width: {asked} leaves {self.checkpoint.name} as it is, once rounded: let more go")

@@ -125,8 +125,9 @@ class Heal(Pass):
                 f"Give data={'sentences.txt, a sentence a line' if kind in LOSSES else 'examples with labels'}."
             )
         for source in self.data.split(";") if self.data else []:
-            if not Path(source.split("*")[0]).exists():
-                raise BadInput(f"heal: no such data: {source}")
+            file = Path(source.split("*")[0])
+            if not file.exists() or not file.stat().st_size:
+                raise BadInput(f"heal: {'empty' if file.exists() else 'no such'} data: {source}")
             if graph and data.read(source.split("*")[0]).labels is None:
                 raise BadInput(f"heal: {source} has no labels for {kind}: give a column 'label', or a folder a class")
         return checkpoint

@@ -72,7 +72,7 @@ class Vocabulary(Pass):
 
     def expect(self, checkpoint: Checkpoint) -> Checkpoint:
         """The model with fewer rows in its table; raises what can be known to fail."""
-        before, stay = int(checkpoint.config["vocab_size"]), self.planned(checkpoint)
+        stay, before = self.planned(checkpoint), int(checkpoint.config["vocab_size"])
         shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
         shapes = {n: (stay, *s[1:]) if s[0] == before else s for n, s in shapes.items()}
         return folder.expected(checkpoint, dict(checkpoint.config) | {"vocab_size": stay}, shapes)
@@ -96,6 +96,8 @@ class Vocabulary(Pass):
         stay = rounded(amount(self.tokens, before, "tokens"), before, self.multiple)
         if stay < must:
             raise BadInput(f"tokens={self.tokens}: {must} special tokens and single characters must stay")
+        if stay == before:
+            raise BadInput(f"vocabulary: tokens={self.tokens} leaves all {before}, once rounded: let more go")
         return stay
 
 

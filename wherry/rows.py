@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from wherry.checkpoint import Checkpoint
-from wherry.errors import BadInput
+from wherry.errors import BadInput, Unsupported
 from wherry.gait import Pass, corrected, matches
 from wherry.roles import MULTIPLIED, OUTSIDE, QUANTIZABLE, QUANTIZED, roles
 from wherry.scheme import PRESETS, Scheme
@@ -72,6 +72,11 @@ def row_of(
                 reasons.append(str(error))
                 continue
             raise BadInput(f"{name}: {error}") from error
+        gaits = ("fit", "tune")
+        learns = [o.method for o in steps if any(hasattr(o, gait) for gait in gaits) and o.wants(name)]
+        if role == "linear" and scheme.planes > 1 and learns:
+            way = f"take W{scheme.bits * scheme.planes}A16, or leave {learns[0]} out"
+            raise Unsupported(f"{scheme}: sums of planes have no one step to learn; {way}")
         scale_bytes = 4 if scheme.bits > 4 or not step.portable else 2
         after = scheme.bytes(shape, scale_bytes)
         notes: tuple[str, ...] = ()

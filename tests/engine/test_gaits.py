@@ -12,7 +12,7 @@ from wherry import api, deliver
 from wherry.artifact import Artifact
 from wherry.checkpoint import Checkpoint
 from wherry.engine import walk
-from wherry.errors import BadInput
+from wherry.errors import BadInput, Unsupported
 from wherry.recipe import Recipe
 
 G = "scheme=W3A16_ASYM,group_size=32,embedding=keep"
@@ -140,6 +140,15 @@ def test_a_plan_says_who_does_what(tiny_llama: Path) -> None:
     assert Recipe.parse(f"awq:{G}").plan(Checkpoint.open(tiny_llama)).row(row.name).step == 0
     with pytest.raises(BadInput, match="changes nothing"):
         Recipe.parse("tune").plan(Checkpoint.open(tiny_llama))
+
+
+def test_sums_of_planes_are_not_learned(tiny_llama: Path) -> None:
+    """Said before any work, with what to do; learning that leaves those tensors alone is fine."""
+    checkpoint, scheme = Checkpoint.open(tiny_llama), "scheme=W3A16_BINARY,group_size=32,embedding=keep"
+    for recipe, method in ((f"rtn:{scheme} | tune", "tune"), (f"gptq:{scheme} | rounding", "rounding")):
+        with pytest.raises(Unsupported, match=f"take W3A16, or leave {method} out"):
+            Recipe.parse(recipe).plan(checkpoint)
+    Recipe.parse(f"rtn:{scheme} | tune:targets=re:.*embed_tokens").plan(checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def ways(text: str, recipe: str, method: str, scheme: str, form: tuple[str, ...]
     for other in FORMATS:
         if re.search(rf"\b(use|write|export) {re.sub('[-_ ]', '[-_ ]', other)}\b", text, re.I) and form != (other,):
             yield recipe, (other,)
-    if f"leave {method} out" in text or f"{method} is for" in text:
+    if form != (method,) and f"leave {method} out" in text or f"{method} is for" in text:  # awq is a format as well
         yield recipe_of("rtn", scheme), form
 
 

@@ -31,7 +31,8 @@ def kind_of(scheme: Scheme, shape: tuple[int, ...]) -> str:
     if scheme.kind == "fp" and scheme.scale == "e8m0" and len(shape) == 2 and k % BLOCK == 0:
         return "MXFP4"
     if scheme.kind != "int" or scheme.planes != 1 or len(shape) != 2 or scheme.nested:
-        near = "MXFP4A16" if scheme.bits == 4 else "W8A16" if scheme.bits == 8 else "Q2_K"
+        small = "Q2_K" if k % kquant.SUPER == 0 else f"W{max(2, scheme.bits * scheme.planes)}A16,group_size={BLOCK}"
+        near = "MXFP4A16" if scheme.bits == 4 else "W8A16" if scheme.bits == 8 else small
         raise Unsupported(f"GGUF has no block for {scheme} of shape {list(shape)}; {near} is the nearest that fits")
     if scheme.activations is not None:
         raise Unsupported(f"{scheme}: GGUF stores weights only, llama.cpp rounds activations; use W{scheme.bits}A16")

@@ -76,7 +76,7 @@ API int wn_weight(Handle* h, int part, int layer, int n, int k, int kind, int bi
         if (reason.empty() && (rows != n || inputs != k)) reason = "a weight of another shape than the model's";
         if (reason.empty()) reason = bits ? plan_codes(*w, bits, group, min, zero, half, n, k) : plan_blocks(*w, kind, n, k);
         if (!reason.empty()) return fail(reason);
-        allocate(*w);
+        allocate(*w, h->model->memory);
         return 0;
     });
 }
@@ -138,14 +138,18 @@ API void wn_free(Handle* h) { delete h; }
 
 // ---- for tests: one product of one weight, by the kernels of one instruction set
 
-API Weight* wn_alone(int n, int k, int kind, int bits, int group, int min, int zero, int half, const uint8_t* data,
+struct Alone : Weight {
+    Memory memory;
+};
+
+API Alone* wn_alone(int n, int k, int kind, int bits, int group, int min, int zero, int half, const uint8_t* data,
                      const float* scale, const float* minimum) {
-    Weight* made = nullptr;
+    Alone* made = nullptr;
     guarded([&] {
-        auto w = std::make_unique<Weight>();
+        auto w = std::make_unique<Alone>();
         std::string reason = bits ? plan_codes(*w, bits, group, min, zero, half, n, k) : plan_blocks(*w, kind, n, k);
         if (!reason.empty()) return fail(reason);
-        allocate(*w);
+        allocate(*w, w->memory);
         if (bits) fill_codes(*w, data, scale, minimum, 0, n);
         else fill_blocks(*w, data, 0, n);
         made = w.release();
@@ -153,25 +157,31 @@ API Weight* wn_alone(int n, int k, int kind, int bits, int group, int min, int z
     });
     return made;
 }
-API void wn_alone_free(Weight* w) { release(*w), delete w; }
-API int64_t wn_alone_bytes(const Weight* w) { return int64_t(bytes(*w)); }
-API void wn_row(const Weight* w, int row, float* out) { unpack_row(*w, row, out); }
+API void wn_alone_free(Alone* w) { delete w; }
+API int64_t wn_alone_bytes(const Alone* w) { return int64_t(bytes(*w)); }
+API void wn_row(const Alone* w, int row, float* out) { unpack_row(*w, row, out); }
 
 // y [tokens][n up to 32] = x [tokens][k] times the weight; dense: two panels at a time. q [levels][tokens][k up to 32],
 // scale [levels][tokens][groups]: what x became, rounded once, or twice (levels 2: 16 bits).
-API int wn_product(const Weight* w, int which, const float* x, int tokens, int dense, int levels, float* y, int8_t* q,
+API int wn_product(const Alone* w, int which, const float* x, int tokens, int dense, int levels, float* y, int8_t* q,
                    float* scale) {
     return guarded([&] {
         const Kernels* kernels = chosen(which);
         if (!kernels) return fail("this processor cannot run these kernels");
-        const size_t rows = size_t(tokens) * w->groups();
-        std::vector<int32_t> sum(rows * 2 * 2);
         Act a;
-        a.k = w->k, a.groups = w->groups(), a.q = q, a.scale = scale, a.sum = sum.data(), a.f = x, a.stride = w->k;
+        a.k = w->k, a.groups = w->groups(), a.pitch = tokens | 1, a.f = x, a.stride = w->k;
+        std::vector<Block> blocks(size_t(a.pitch) * a.groups * 2);
+        a.block = blocks.data();
         Act rest = a;
-        rest.q += rows * GROUP, rest.scale += rows, rest.sum += rows * 2;
+        rest.block += size_t(a.pitch) * a.groups;
         if (levels == 2) a.rest = &rest;
         for (int t = 0; t < tokens; t++) kernels->quantize(x + size_t(t) * w->k, a, t);
+        for (const Act* part = &a; part; part = part->rest)
+            for (int t = 0; t < tokens; t++)
+                for (int g = 0; g < a.groups; g++, q += GROUP) {
+                    std::memcpy(q, part->at(g, t).q, GROUP);
+                    *scale++ = part->at(g, t).scale;
+                }
         std::vector<float> space(workspace(w->k) + 32);
         float* scratch = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(space.data()) + 63) / 64 * 64);
         size_t stride = size_t(up(w->n, 32));

@@ -14,7 +14,7 @@ struct Share {
         : begin(int(int64_t(count) * tid / threads)), end(int(int64_t(count) * (tid + 1) / threads)) {}
 };
 
-constexpr int DENSE = 8;       // tokens above which weights are unpacked two panels at a time
+constexpr int DENSE = 16;      // tokens above which weights are unpacked two panels at a time
 constexpr int SPLIT_LEAST = 512;  // positions of a part, when one sequence's context is split among threads
 
 float* aligned(std::vector<float>& v) {
@@ -24,9 +24,9 @@ float* aligned(std::vector<float>& v) {
 }  // namespace
 
 void Runner::Rows::make(int rows, int k, int bits) {
-    int groups = (k + GROUP - 1) / GROUP;
-    q.resize(size_t(rows) * groups * GROUP + 64), scale.resize(size_t(rows) * groups), sum.resize(size_t(rows) * groups * 2);
-    act.k = k, act.groups = groups, act.q = q.data(), act.scale = scale.data(), act.sum = sum.data();
+    act.k = k, act.groups = (k + GROUP - 1) / GROUP, act.pitch = rows | 1;
+    blocks.resize(size_t(act.pitch) * act.groups);
+    act.block = blocks.data();
     if (bits <= 8) return;
     rest = std::make_unique<Rows>();
     rest->make(rows, k, bits - 8);

@@ -60,6 +60,7 @@ inline vf brain16(const void* p) {
 }
 inline vf small16(const void* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
 
+// acc + sum over N groups of 4: unsigned codes of at most BITS bits times signed x
 template <int BITS, int N> inline vi dot(vi acc, const vi* w, const int8_t* x) {
 #ifdef __AVXVNNI__
 #pragma GCC unroll 8
@@ -93,6 +94,15 @@ template <int BITS, int N> inline vi dot(vi acc, const vi* w, const int8_t* x) {
     }
     return acc;
 #endif
+}
+template <int BITS, int N, int T> inline void dots(vi* acc, const vi* w, const Block* rows, int at) {
+    for (int t = 0; t < T; t++) acc[t] = dot<BITS, N>(acc[t], w, rows[t].q + at);
+}
+// in each lane a.low * x[0] + a.high * x[1], 16 bits each
+inline vi pairs16(vi a, const int16_t* x) {
+    int two;
+    __builtin_memcpy(&two, x, 4);
+    return _mm256_madd_epi16(a, _mm256_set1_epi32(two));
 }
 // pairs of bf16 from pairs of bytes: these integers are exact there
 inline vi pairs8(const void* p) {

@@ -43,15 +43,23 @@ inline vf brain16(const void* p) {
 }
 inline vf small16(const void* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 
-// acc + sum over N groups of 4: unsigned codes of at most BITS bits times signed x
-template <int BITS, int N> inline vi dot(vi acc, const vi* w, const int8_t* x) {
+// acc[t] += sum over N groups of 4: unsigned codes of at most BITS bits times signed x of row t. All rows at each step:
+// one row's sum waits for itself, five cycles each time.
+template <int BITS, int N, int T> inline void dots(vi* acc, const vi* w, const Block* rows, int at) {
 #pragma GCC unroll 8
-    for (int j = 0; j < N; j++) {
-        int four;
-        __builtin_memcpy(&four, x + 4 * j, 4);
-        acc = _mm512_dpbusd_epi32(acc, w[j], _mm512_set1_epi32(four));
-    }
-    return acc;
+    for (int j = 0; j < N; j++)
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) {
+            int four;
+            __builtin_memcpy(&four, rows[t].q + at + 4 * j, 4);
+            acc[t] = _mm512_dpbusd_epi32(acc[t], w[j], _mm512_set1_epi32(four));
+        }
+}
+// in each lane a.low * x[0] + a.high * x[1], 16 bits each
+inline vi pairs16(vi a, const int16_t* x) {
+    int two;
+    __builtin_memcpy(&two, x, 4);
+    return _mm512_madd_epi16(a, _mm512_set1_epi32(two));
 }
 inline vi dot1(vi acc, vi w, vi x) { return _mm512_dpbusd_epi32(acc, w, x); }
 // pairs of bf16 from pairs of bytes: these integers are exact there

@@ -45,10 +45,19 @@ inline vf half16(const void* p) { vf r; EACH { uint16_t h; __builtin_memcpy(&h, 
 inline vf brain16(const void* p) { vf r; EACH { uint16_t h; __builtin_memcpy(&h, (const char*)p + 2 * l, 2); r.v[l] = __builtin_bit_cast(float, uint32_t(h) << 16); } return r; }
 inline vf small16(const void* p) { vf r; EACH r.v[l] = float(((const int8_t*)p)[l]); return r; }
 
+// acc + sum over N groups of 4: unsigned codes of at most BITS bits times signed x
 template <int BITS, int N> inline vi dot(vi acc, const vi* w, const int8_t* x) {
     for (int j = 0; j < N; j++)
         EACH for (int i = 0; i < 4; i++) acc.v[l] += uint32_t(int32_t((w[j].v[l] >> 8 * i) & 255) * x[4 * j + i]);
     return acc;
+}
+template <int BITS, int N, int T> inline void dots(vi* acc, const vi* w, const Block* rows, int at) {
+    for (int t = 0; t < T; t++) acc[t] = dot<BITS, N>(acc[t], w, rows[t].q + at);
+}
+// in each lane a.low * x[0] + a.high * x[1], 16 bits each
+inline vi pairs16(vi a, const int16_t* x) {
+    EACH a.v[l] = uint32_t(int16_t(a.v[l]) * x[0] + int16_t(a.v[l] >> 16) * x[1]);
+    return a;
 }
 // pairs of bf16 from pairs of bytes: these integers are exact there
 inline vi pairs8(const void* p) {

@@ -70,6 +70,12 @@ void scales(const Weight& w, int panel, float* S, float* M) {
 
 inline void give(float* out, vf v, bool more) { storef(out, more ? add(loadf(out), v) : v); }
 
+// What a block's two sums are multiplied with: -zero for what the codes are too high, 1 where there are minimums.
+template <bool HALF, bool MIN> inline vi of_sums(int zero, int part) {
+    int by = (MIN ? 1 : -zero) & 0xffff;
+    return seti(!HALF ? by << 16 | by : part ? by << 16 : by);
+}
+
 // 16 rows times T activations. HALF: a scale per 16 inputs; MIN: a minimum beside each scale, else `zero`.
 template <int BITS, bool HALF, bool MIN, int T>
 void tile(const Weight& w, const uint8_t* code, const float* S, const float* M, const Act& x, int first, float* out,
@@ -79,11 +85,12 @@ void tile(const Weight& w, const uint8_t* code, const float* S, const float* M, 
     for (int h = 0; h < PARTS; h++)
         for (int t = 0; t < T; t++) f[h][t] = setf(0);
     const int per = HALF ? 1 : w.group >= w.k ? w.groups() : w.group / GROUP;
-    const int groups = w.groups(), zero = w.zero;
-    const size_t row = size_t(x.groups) * GROUP;
-    const size_t next = w.panel_codes;
-    for (int g = 0, left = per; g < groups; g++, code += 64 * BITS) {
-        for (int l = 0; l < BITS; l++) ahead(code + next + 64 * l);  // this group of the panel that comes next
+    const int groups = w.groups();
+    const vi zero[2] = {of_sums<HALF, MIN>(w.zero, 0), of_sums<HALF, MIN>(w.zero, 1)};
+    const size_t next = w.panel_codes < 4096 ? w.panel_codes : 4096;
+    const Block* rows = &x.at(0, first);
+    for (int g = 0, left = per; g < groups; g++, code += 64 * BITS, rows += x.pitch) {
+        for (int l = 0; l < BITS; l++) ahead(code + next + 64 * l);  // of the panel that comes next, if that is near
 #pragma GCC unroll 2
         for (int h = 0; h < PARTS; h++) {
             vi u[8];
@@ -92,15 +99,15 @@ void tile(const Weight& w, const uint8_t* code, const float* S, const float* M, 
             for (int p = 0; p < 8 / N; p++) {
                 const float* at = S + p * ROWS + h * LANES;
                 vf s = loadf(at), m = MIN ? loadf(at + (M - S)) : setf(0);
+                vi acc[T];
+#pragma GCC unroll 8
+                for (int t = 0; t < T; t++) acc[t] = MIN ? seti(0) : pairs16(zero[p], rows[t].sum);
+                dots<BITS, N, T>(acc, u + p * N, rows, p * 16);
 #pragma GCC unroll 8
                 for (int t = 0; t < T; t++) {
-                    const int8_t* q = x.q + (first + t) * row + g * GROUP;
-                    const int32_t* sums = x.sum + (size_t(first + t) * x.groups + g) * 2;
-                    float by = x.scale[size_t(first + t) * x.groups + g];
-                    int sum = HALF ? sums[p] : sums[0] + sums[1];
-                    vi acc = dot<BITS, N>(seti(MIN ? 0 : -zero * sum), u + p * N, q + p * 16);
-                    f[h][t] = fma(cvt(acc), mul(s, setf(by)), f[h][t]);
-                    if constexpr (MIN) f[h][t] = fma(m, setf(by * float(sum)), f[h][t]);
+                    const vf by = setf(rows[t].scale);
+                    f[h][t] = fma(cvt(acc[t]), mul(s, by), f[h][t]);
+                    if constexpr (MIN) f[h][t] = fma(m, mul(cvt(pairs16(zero[p], rows[t].sum)), by), f[h][t]);
                 }
             }
         }
@@ -198,7 +205,7 @@ void widen_panel(const Weight& w, int p, uint8_t* out) {
 struct Two_panels {
     const uint8_t* code;    // [group][2][8][64]
     const float *S[2], *M[2];  // [scale group][16]
-    int per[2], zero[2], groups;
+    int per[2], zero, groups;
 };
 
 template <bool HALF, bool MIN, int T>
@@ -207,28 +214,22 @@ void tile2(const Two_panels& w, const Act& x, int first, float* out, size_t stri
     for (int t = 0; t < T; t++) f[0][t] = f[1][t] = setf(0);
     const float *S[2] = {w.S[0], w.S[1]}, *M[2] = {w.M[0], w.M[1]};
     int left[2] = {w.per[0], w.per[1]};
-    const size_t row = size_t(x.groups) * GROUP;
+    const vi zero[2] = {of_sums<HALF, MIN>(w.zero, 0), of_sums<HALF, MIN>(w.zero, 1)};
     const uint8_t* code = w.code;
-    const int8_t* q = x.q + size_t(first) * row;
-    const float* by = x.scale + size_t(first) * x.groups;
-    const int32_t* sums = x.sum + size_t(first) * x.groups * 2;
-    for (int g = 0; g < w.groups; g++, code += 1024, q += GROUP, by++, sums += 2) {
+    const Block* rows = &x.at(0, first);
+    for (int g = 0; g < w.groups; g++, code += 1024, rows += x.pitch) {
 #pragma GCC unroll 2
         for (int p = 0; p < (HALF ? 2 : 1); p++) {
             vi a[2][T];
 #pragma GCC unroll 8
-            for (int t = 0; t < T; t++) {
-                const int32_t* s = sums + size_t(t) * x.groups * 2;
-                int sum = MIN ? 0 : HALF ? s[p] : s[0] + s[1];
-                a[0][t] = seti(-w.zero[0] * sum), a[1][t] = seti(-w.zero[1] * sum);
-            }
+            for (int t = 0; t < T; t++) a[0][t] = a[1][t] = MIN ? seti(0) : pairs16(zero[p], rows[t].sum);
 #pragma GCC unroll 8
             for (int j = HALF ? 4 * p : 0; j < (HALF ? 4 * p + 4 : 8); j++) {
                 vi w0 = load(code + 64 * j), w1 = load(code + 512 + 64 * j);
 #pragma GCC unroll 8
                 for (int t = 0; t < T; t++) {
                     int four;
-                    __builtin_memcpy(&four, q + t * row + 4 * j, 4);
+                    __builtin_memcpy(&four, rows[t].q + 4 * j, 4);
                     vi b = seti(four);
                     a[0][t] = dot1(a[0][t], w0, b), a[1][t] = dot1(a[1][t], w1, b);
                 }
@@ -236,7 +237,7 @@ void tile2(const Two_panels& w, const Act& x, int first, float* out, size_t stri
             vf s0 = loadf(S[0] + p * ROWS), s1 = loadf(S[1] + p * ROWS);
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) {
-                vf b = setf(by[size_t(t) * x.groups]);
+                vf b = setf(rows[t].scale);
                 f[0][t] = fma(cvt(a[0][t]), mul(s0, b), f[0][t]);
                 f[1][t] = fma(cvt(a[1][t]), mul(s1, b), f[1][t]);
             }
@@ -244,8 +245,7 @@ void tile2(const Two_panels& w, const Act& x, int first, float* out, size_t stri
                 vf m0 = loadf(M[0] + p * ROWS), m1 = loadf(M[1] + p * ROWS);
 #pragma GCC unroll 8
                 for (int t = 0; t < T; t++) {
-                    const int32_t* s = sums + size_t(t) * x.groups * 2;
-                    vf b = setf(by[size_t(t) * x.groups] * float(HALF ? s[p] : s[0] + s[1]));
+                    vf b = mul(cvt(pairs16(zero[p], rows[t].sum)), setf(rows[t].scale));
                     f[0][t] = fma(m0, b, f[0][t]), f[1][t] = fma(m1, b, f[1][t]);
                 }
             }
@@ -261,30 +261,34 @@ void tile2(const Two_panels& w, const Act& x, int first, float* out, size_t stri
 
 template <bool HALF, bool MIN>
 void tiles2(const Two_panels& w, const Act& x, int first, int count, float* out, size_t stride, bool more) {
-    int t = 0;
-    for (; t + PAIR <= count; t += PAIR) tile2<HALF, MIN, PAIR>(w, x, first + t, out + t * stride, stride, more);
-    for (; t + 2 <= count; t += 2) tile2<HALF, MIN, 2>(w, x, first + t, out + t * stride, stride, more);
-    for (; t < count; t++) tile2<HALF, MIN, 1>(w, x, first + t, out + t * stride, stride, more);
+    for (int t = 0, n; t < count; t += n) {  // as equal as can be: 16 are 6, 5 and 5
+        const int tiles = (count - t + PAIR - 1) / PAIR;
+        n = (count - t + tiles - 1) / tiles;
+        switch (n) {
+#define RUN(T) case T: tile2<HALF, MIN, T>(w, x, first + t, out + t * stride, stride, more); break;
+            RUN(1) RUN(2) RUN(3) RUN(4) RUN(5) RUN(6)
+#undef RUN
+        }
+    }
 }
 #endif
 
 void pair(const Weight& a, int pa, const Weight& b, int pb, const Act& x, int first, int count, float* scratch,
           float* out, size_t stride, bool more) {
 #if LANES_16
-    if (a.form == Form::integer && b.form == Form::integer && count > 2 && a.min == b.min && a.half() == b.half()) {
+    if (a.form == Form::integer && b.form == Form::integer && count > 2 && a.min == b.min && a.half() == b.half() && a.zero == b.zero) {
         const Weight* w[2] = {&a, &b};
         const int at[2] = {pa, pb};
         Two_panels two;
         uint8_t* code = (uint8_t*)scratch;
         float* S = scratch + size_t(a.groups()) * 256;
-        two.code = code, two.groups = a.groups();
+        two.code = code, two.groups = a.groups(), two.zero = a.zero;
         for (int i = 0; i < 2; i++) {
             widen_panel(*w[i], at[i], code + 512 * i);
             two.S[i] = S, two.M[i] = S + size_t(w[i]->scale_groups()) * ROWS;
             scales(*w[i], at[i], S, S + size_t(w[i]->scale_groups()) * ROWS);
             S += size_t(w[i]->scale_groups()) * ROWS * 2;
             two.per[i] = w[i]->group >= w[i]->k ? w[i]->groups() : w[i]->group / GROUP;
-            two.zero[i] = w[i]->zero;
         }
         auto tiles = a.half() ? (a.min ? tiles2<true, true> : tiles2<true, false>)
                               : (a.min ? tiles2<false, true> : tiles2<false, false>);

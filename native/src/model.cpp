@@ -6,12 +6,6 @@
 
 namespace wherry {
 
-Model::~Model() {
-    release(embed), release(head);
-    for (Layer& l : layers)
-        for (Weight* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) release(*w);
-}
-
 Weight* Model::weight(Part part, int layer) {
     if (part == Part::embed) return &embed;
     if (part == Part::head) return &head;

@@ -32,9 +32,9 @@ struct Model {
     Weight embed, head;
     const float* norm = nullptr;
     std::deque<std::vector<float>> vectors;  // norms and biases
+    Memory memory;                           // of the weights
 
     explicit Model(const Config& config) : c(config), layers(config.layers) {}
-    ~Model();
     Model(const Model&) = delete;
     Model& operator=(const Model&) = delete;
     Weight* weight(Part part, int layer);               // nullptr: there is none
@@ -83,9 +83,7 @@ class Runner {
 
   private:
     struct Rows {  // quantised activations and their memory
-        std::vector<int8_t> q;
-        std::vector<float> scale;
-        std::vector<int32_t> sum;
+        std::vector<Block> blocks;
         Act act;
         std::unique_ptr<Rows> rest;
         void make(int rows, int k, int bits);

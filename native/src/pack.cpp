@@ -257,21 +257,9 @@ std::string plan_codes(Weight& w, int bits, int group, bool min, int zero, bool 
 
 size_t bytes(const Weight& w) { return size_t(w.panels()) * (w.panel_codes + w.panel_scales); }
 
-void allocate(Weight& w) {
-    auto claim = [](size_t size) -> uint8_t* {
-        if (!size) return nullptr;
-        void* p = std::aligned_alloc(64, (size + 4096 + 63) / 64 * 64);  // a page beyond the end: prefetches stay inside
-        if (!p) throw std::bad_alloc();
-        std::memset(p, 0, size);
-        return static_cast<uint8_t*>(p);
-    };
-    w.codes = claim(size_t(w.panels()) * w.panel_codes);
-    w.scale = claim(size_t(w.panels()) * w.panel_scales);
-}
-
-void release(Weight& w) {
-    std::free(w.codes), std::free(w.scale);
-    w.codes = w.scale = nullptr;
+void allocate(Weight& w, Memory& memory) {
+    w.codes = memory.take(size_t(w.panels()) * w.panel_codes);
+    w.scale = memory.take(size_t(w.panels()) * w.panel_scales);
 }
 
 void fill_blocks(Weight& w, const uint8_t* data, int first, int count) {

@@ -2,6 +2,7 @@
 #pragma once
 #include <string>
 
+#include "memory.h"
 #include "weight.h"
 
 namespace wherry {
@@ -11,8 +12,7 @@ std::string plan_blocks(Weight& w, int kind, int n, int k);
 // The same for codes: unsigned bytes, w = scale * (code - zero) or scale * code + minimum.
 std::string plan_codes(Weight& w, int bits, int group, bool min, int zero, bool exact_half, int n, int k);
 size_t row_bytes(int kind, int k);  // 0: not a type that is read
-void allocate(Weight& w);           // zeroed; throws std::bad_alloc
-void release(Weight& w);
+void allocate(Weight& w, Memory& memory);  // throws std::bad_alloc
 size_t bytes(const Weight& w);
 // Rows [first, first + count) of the weight.
 void fill_blocks(Weight& w, const uint8_t* data, int first, int count);

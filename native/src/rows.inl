@@ -19,8 +19,8 @@ inline float exponent(float x) {
     return v[0];
 }
 
-// 32 floats -> q and the sums of its halves; returns the scale. left: what the rounding leaves of them, or null.
-inline float round32(const float* x, int8_t* q, int32_t* sum, float* left) {
+// 32 floats -> a block. left: what the rounding leaves of them, or null.
+inline void round32(const float* x, Block& b, float* left) {
     vf most = setf(0), nan = setf(0);
     for (int i = 0; i < GROUP; i += LANES) {
         vf v = loadf(x + i);
@@ -29,10 +29,10 @@ inline float round32(const float* x, int8_t* q, int32_t* sum, float* left) {
     }
     float highest = top(most), wrong = total(nan);
     if (wrong != wrong) {  // the scale alone tells it: no integer can
-        sum[0] = sum[1] = 0;
-        for (int i = 0; i < GROUP; i++) q[i] = 0;
+        b.scale = wrong, b.sum[0] = b.sum[1] = 0;
+        for (int i = 0; i < GROUP; i++) b.q[i] = 0;
         for (int i = 0; left && i < GROUP; i++) left[i] = 0;
-        return wrong;
+        return;
     }
     bool some = highest > 1e-30f;
     float scale = some ? highest / 127.0f : 0.0f;
@@ -42,26 +42,25 @@ inline float round32(const float* x, int8_t* q, int32_t* sum, float* left) {
         for (int i = 16 * h; i < 16 * h + 16; i += LANES) {
             vf v = loadf(x + i);
             vi r = nearest(mul(v, by));
-            narrow(q + i, r);
+            narrow(b.q + i, r);
             s = addi(s, r);
             if (left) storef(left + i, fma(cvt(r), setf(-scale), v));
         }
-        sum[h] = total(s);
+        b.sum[h] = int16_t(total(s));
     }
-    return scale;
+    b.scale = scale;
 }
 
 void quantize(const float* x, const Act& a, int row) {
-    size_t at = size_t(row) * a.groups;
-    for (int g = 0; g < a.groups; g++, at++, x += GROUP) {
+    for (int g = 0; g < a.groups; g++, x += GROUP) {
         float padded[GROUP], left[GROUP];
         const float* from = x;
         if (a.k - g * GROUP < GROUP) {
             for (int i = 0; i < GROUP; i++) padded[i] = i < a.k - g * GROUP ? x[i] : 0.0f;
             from = padded;
         }
-        a.scale[at] = round32(from, a.q + at * GROUP, a.sum + 2 * at, a.rest ? left : nullptr);
-        if (a.rest) a.rest->scale[at] = round32(left, a.rest->q + at * GROUP, a.rest->sum + 2 * at, nullptr);
+        round32(from, a.at(g, row), a.rest ? left : nullptr);
+        if (a.rest) round32(left, a.rest->at(g, row), nullptr);
     }
 }
 

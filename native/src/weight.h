@@ -48,16 +48,23 @@ struct Weight {
     bool half() const { return group == 16; }
 };
 
-// Quantised rows: x = scale * q per group of 32; sum of q per 16. `f` are the rows themselves, for float weights.
-// What this leaves of x may be rounded again: `rest`, which makes 16 bits of 8.
+// 32 inputs of a row: x = scale * q, and the sums of the two halves of q.
+struct Block {
+    int8_t q[GROUP];
+    float scale;
+    int16_t sum[2];
+};
+
+// Quantised rows, group by group: a kernel that goes along the groups finds all its rows beside each other. `f` are the
+// rows themselves, for float weights. What this leaves of x may be rounded again: `rest`, which makes 16 bits of 8.
 struct Act {
     int k = 0, groups = 0;
-    int8_t* q = nullptr;
-    float* scale = nullptr;
-    int32_t* sum = nullptr;
+    int pitch = 0;  // blocks from group to group; an odd number spreads them over the cache
+    Block* block = nullptr;
     const float* f = nullptr;
     size_t stride = 0;  // floats from row to row of f
     const Act* rest = nullptr;
+    Block& at(int g, int row) const { return block[size_t(g) * pitch + row]; }
 };
 
 // One tile of attention: queries of one key-value head of one sequence, over positions [from, to).

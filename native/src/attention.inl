@@ -75,25 +75,36 @@ template <int M, bool BYTES> void scores(const uint8_t* page, int width, const T
     }
 }
 
-// out[m][0..wide) += probabilities of `pairs` pairs of positions times values
+// out[m][d..d + V vectors) += probabilities of `pairs` pairs of positions times values
+template <int M, int V, bool BYTES> void values_at(const Attend& a, int block, int pairs, const Two* p, float* out, int d) {
+    const int wide = (a.width + 15) / 16 * 16;
+    constexpr int SIZE = Place<BYTES>::SIZE;
+    vf f[V][M];
+    for (int v = 0; v < V; v++)
+        for (int m = 0; m < M; m++) f[v][m] = loadf(out + m * wide + d + v * LANES);
+    for (int at = 0; at < pairs; at += PAGE / 2) {
+        const uint8_t* page = a.base + a.page_bytes * a.pages[(block + 2 * at) / PAGE] + a.head_offset +
+                              Place<BYTES>::values(wide) + d * 2 * SIZE;
+        int n = pairs - at < PAGE / 2 ? pairs - at : PAGE / 2;
+        for (int i = 0; i < n; i++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) {
+                const uint8_t* pair = page + (size_t(i) * wide + v * LANES) * 2 * SIZE;
+                vi w = BYTES ? pairs8(pair) : load(pair);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++) f[v][m] = dot2(f[v][m], w, p[m * (BLOCK / 2) + at + i]);
+            }
+    }
+    for (int v = 0; v < V; v++)
+        for (int m = 0; m < M; m++) storef(out + m * wide + d + v * LANES, f[v][m]);
+}
+
 template <int M, bool BYTES> void values(const Attend& a, int block, int pairs, const Two* p, float* out) {
     const int wide = (a.width + 15) / 16 * 16;
-    for (int d = 0; d < wide; d += LANES) {
-        vf f[M];
-        for (int m = 0; m < M; m++) f[m] = loadf(out + m * wide + d);
-        for (int at = 0; at < pairs; at += PAGE / 2) {
-            const uint8_t* v = a.base + a.page_bytes * a.pages[(block + 2 * at) / PAGE] + a.head_offset +
-                               Place<BYTES>::values(wide) + d * 2 * Place<BYTES>::SIZE;
-            int n = pairs - at < PAGE / 2 ? pairs - at : PAGE / 2;
-            for (int i = 0; i < n; i++) {
-                const uint8_t* at_pair = v + size_t(i) * wide * 2 * Place<BYTES>::SIZE;
-                vi w = BYTES ? pairs8(at_pair) : load(at_pair);
-#pragma GCC unroll 8
-                for (int m = 0; m < M; m++) f[m] = dot2(f[m], w, p[m * (BLOCK / 2) + at + i]);
-            }
-        }
-        for (int m = 0; m < M; m++) storef(out + m * wide + d, f[m]);
-    }
+    constexpr int V = 2;  // vectors at once: a sum waits for itself, so as many as registers hold are under way
+    int d = 0;
+    for (; d + V * LANES <= wide; d += V * LANES) values_at<M, V, BYTES>(a, block, pairs, p, out, d);
+    for (; d < wide; d += LANES) values_at<M, 1, BYTES>(a, block, pairs, p, out, d);
 }
 
 template <int M, bool BYTES> void attend_m(Attend& a) {

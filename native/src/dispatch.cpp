@@ -32,7 +32,12 @@ const Kernels* isa(int i) {
 }
 
 const Kernels* best_isa() {
-    for (int i = isa_count() - 1; i > 0; i--)
+    int best = isa_count() - 1;
+#ifdef WHERRY_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_is("intel")) best--;  // one product of bf16 pairs takes four times as long as an FMA there
+#endif
+    for (int i = best; i > 0; i--)
         if (const Kernels* k = isa(i)) return k;
     return kernels_plain;
 }

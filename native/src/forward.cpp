@@ -15,6 +15,7 @@ struct Share {
 };
 
 constexpr int DENSE = 16;      // tokens above which weights are unpacked two panels at a time
+constexpr int OWN = 64;         // tokens for each thread from which on it takes its own through a layer, all panels
 constexpr int SPLIT_LEAST = 512;  // positions of a part, when one sequence's context is split among threads
 
 float* aligned(std::vector<float>& v) {
@@ -44,6 +45,9 @@ Runner::Runner(const Model& m, Cache& cache, const Kernels& kernels, Pool& pool,
     cosine_.resize(size_t(TOKENS) * c.width / 2), sine_.resize(cosine_.size());
     logits_.resize(size_t(LOGITS) * out_);
     hidden_rows_.make(TOKENS, c.hidden, bits), head_rows_.make(TOKENS, query, bits), inner_rows_.make(TOKENS, c.inner, bits);
+    hidden_rows_.act.f = normed_.data(), hidden_rows_.act.stride = hidden_;
+    head_rows_.act.f = attended_.data(), head_rows_.act.stride = up(query, 32);
+    inner_rows_.act.f = gated_.data(), inner_rows_.act.stride = inner_;
     int n = pool.count();
     partial_.resize(size_t(SMALL) * c.heads * n * (up(c.width, 16) + 2));
     own_hidden_.resize(n), own_heads_.resize(n), own_inner_.resize(n), own_normed_.resize(n), scratch_.resize(n);
@@ -58,6 +62,7 @@ Runner::Runner(const Model& m, Cache& cache, const Kernels& kernels, Pool& pool,
 
 void Runner::step(const Batch& batch, const std::function<void(int, float*)>& take) {
     batch_ = &batch, take_ = &take, tokens_ = int(batch.ids.size());
+    own_ = tokens_ >= OWN * pool_.count();
     plan();
     for (auto& n : next_) n.store(0, std::memory_order_relaxed);
     pool_.run([this](int tid) { work(tid); });
@@ -89,13 +94,13 @@ void Runner::work(int tid) {
     const Config& c = m_.c;
     const int query = up(c.heads * c.width, 32);
     begin(tid);
-    pool_.barrier();
+    together();
     for (int i = 0; i < c.layers; i++) {
         const Layer& l = m_.layers[i];
-        const Act& h = normed(tid, l.attention_norm, x_.data(), tokens_, nullptr);
+        const Act& h = normed(tid, l.attention_norm, tokens_, nullptr);
         const Weight *qkv[] = {&l.q, &l.k, &l.v}, *o[] = {&l.o}, *down[] = {&l.down};
-        products(tid, qkv, 3, h, tokens_, projected_.data(), qkv_, false);
-        pool_.barrier();
+        products(tid, own_, qkv, 3, h, tokens_, projected_.data(), qkv_, false);
+        together();
         heads(tid, l, i);
         pool_.barrier();
         attention(tid, l, i);
@@ -105,20 +110,21 @@ void Runner::work(int tid) {
             pool_.barrier();
         }
         const Act& a = quantised(tid, head_rows_, own_heads_, attended_.data(), query);
-        products(tid, o, 1, a, tokens_, x_.data(), hidden_, true);
-        pool_.barrier();
-        gated(tid, l, normed(tid, l.mlp_norm, x_.data(), tokens_, nullptr));
-        pool_.barrier();
+        products(tid, own_, o, 1, a, tokens_, x_.data(), hidden_, true);
+        together();
+        gated(tid, l, normed(tid, l.mlp_norm, tokens_, nullptr));
+        together();
         const Act& g = quantised(tid, inner_rows_, own_inner_, gated_.data(), inner_);
-        products(tid, down, 1, g, tokens_, x_.data(), hidden_, true);
-        pool_.barrier();
+        products(tid, own_, down, 1, g, tokens_, x_.data(), hidden_, true);
+        together();
     }
+    if (own_) pool_.barrier();
     int wanted = int(batch_->wanted.size());
     const Weight* out[] = {&m_.output()};
     for (int first = 0; first < wanted; first += LOGITS) {
         int rows = std::min(LOGITS, wanted - first);
-        const Act& h = normed(tid, m_.norm, x_.data(), rows, &batch_->wanted[first]);
-        products(tid, out, 1, h, rows, logits_.data(), out_, false);
+        const Act& h = normed(tid, m_.norm, rows, &batch_->wanted[first]);
+        products(tid, false, out, 1, h, rows, logits_.data(), out_, false);
         pool_.barrier();
         for (int r = tid; r < rows; r += pool_.count()) (*take_)(first + r, &logits_[r * out_]);
         pool_.barrier();
@@ -140,19 +146,24 @@ void Runner::begin(int tid) {
         }
 }
 
+// Of many tokens each thread takes its own through all of a layer but attention: nobody waits, and rows stay in its cache.
+void Runner::together() {
+    if (!own_) pool_.barrier();
+}
+
 // RMS norm of rows (rows at[i] of x, else the i-th), quantised. With few tokens each thread does all for itself,
 // which is cheaper than to wait for the others.
-const Act& Runner::normed(int tid, const float* weight, const float* x, int rows, const int* at) {
+const Act& Runner::normed(int tid, const float* weight, int rows, const int* at) {
     bool alone = rows <= SMALL;
     Rows& r = alone ? own_hidden_[tid] : hidden_rows_;
     float* f = alone ? own_normed_[tid].data() : normed_.data();
     Share mine(rows, alone ? 0 : tid, alone ? 1 : pool_.count());
     for (int t = mine.begin; t < mine.end; t++) {
-        kernels_.norm(x + (at ? at[t] : t) * hidden_, weight, m_.c.eps, m_.c.hidden, f + t * hidden_);
+        kernels_.norm(&x_[(at ? at[t] : t) * hidden_], weight, m_.c.eps, m_.c.hidden, f + t * hidden_);
         kernels_.quantize(f + t * hidden_, r.act, t);
     }
-    if (alone || tid == 0) r.act.f = f, r.act.stride = hidden_;
-    if (!alone) pool_.barrier();
+    if (alone) r.act.f = f, r.act.stride = hidden_;
+    else if (at || !own_) pool_.barrier();
     return r.act;
 }
 
@@ -160,18 +171,22 @@ const Act& Runner::quantised(int tid, Rows& shared, std::vector<Rows>& own, cons
     Rows& r = small() ? own[tid] : shared;
     Share mine(tokens_, small() ? 0 : tid, small() ? 1 : pool_.count());
     for (int t = mine.begin; t < mine.end; t++) kernels_.quantize(x + t * stride, r.act, t);
-    if (small() || tid == 0) r.act.f = x, r.act.stride = stride;
-    if (!small()) pool_.barrier();
+    if (small()) r.act.f = x, r.act.stride = stride;
+    else together();
     return r.act;
 }
 
-void Runner::products(int tid, const Weight* const* w, int count, const Act& x, int rows, float* out, size_t stride,
-                      bool add) {
+void Runner::products(int tid, bool own, const Weight* const* w, int count, const Act& x, int rows, float* out,
+                      size_t stride, bool add) {
     float* scratch = aligned(scratch_[tid]);
-    bool dense = rows > DENSE;
-    int total = 0;
+    int total = 0, first = 0;
     for (int i = 0; i < count; i++) total += (w[i]->panels() + 1) / 2;
     Share mine(total, tid, pool_.count());
+    if (own) {
+        Share tokens(tokens_, tid, pool_.count());
+        mine = {total, 0, 1}, first = tokens.begin, rows = tokens.end - first, out += first * stride;
+    }
+    bool dense = rows > DENSE;
     int at = 0;
     for (int i = 0; i < count; i++) {
         int pairs = (w[i]->panels() + 1) / 2;
@@ -179,11 +194,11 @@ void Runner::products(int tid, const Weight* const* w, int count, const Act& x, 
             float* o = out + p * 2 * ROWS;
             bool two = 2 * p + 1 < w[i]->panels();
             if (dense && two) {
-                kernels_.pair(*w[i], 2 * p, *w[i], 2 * p + 1, x, 0, rows, scratch, o, stride, add);
+                kernels_.pair(*w[i], 2 * p, *w[i], 2 * p + 1, x, first, rows, scratch, o, stride, add);
                 continue;
             }
-            kernels_.panel(*w[i], 2 * p, x, 0, rows, scratch, o, stride, add);
-            if (two) kernels_.panel(*w[i], 2 * p + 1, x, 0, rows, scratch, o + ROWS, stride, add);
+            kernels_.panel(*w[i], 2 * p, x, first, rows, scratch, o, stride, add);
+            if (two) kernels_.panel(*w[i], 2 * p + 1, x, first, rows, scratch, o + ROWS, stride, add);
         }
         at += pairs;
         out += pairs * 2 * ROWS;
@@ -193,16 +208,18 @@ void Runner::products(int tid, const Weight* const* w, int count, const Act& x, 
 void Runner::gated(int tid, const Layer& l, const Act& x) {
     float* both = aligned(scratch_[tid]);  // [tokens][gate 16, up 16]
     float* scratch = both + TOKENS * 32;
-    Share mine(l.gate.panels(), tid, pool_.count());
+    Share mine = own_ ? Share(l.gate.panels(), 0, 1) : Share(l.gate.panels(), tid, pool_.count());
+    Share tokens = own_ ? Share(tokens_, tid, pool_.count()) : Share(tokens_, 0, 1);
+    const int first = tokens.begin, rows = tokens.end - first;
     for (int p = mine.begin; p < mine.end; p++) {
-        if (tokens_ > DENSE) {
-            kernels_.pair(l.gate, p, l.up, p, x, 0, tokens_, scratch, both, 32, false);
+        if (rows > DENSE) {
+            kernels_.pair(l.gate, p, l.up, p, x, first, rows, scratch, both, 32, false);
         } else {
-            kernels_.panel(l.gate, p, x, 0, tokens_, scratch, both, 32, false);
-            kernels_.panel(l.up, p, x, 0, tokens_, scratch, both + ROWS, 32, false);
+            kernels_.panel(l.gate, p, x, first, rows, scratch, both, 32, false);
+            kernels_.panel(l.up, p, x, first, rows, scratch, both + ROWS, 32, false);
         }
-        for (int t = 0; t < tokens_; t++)
-            kernels_.silu(both + t * 32, both + t * 32 + ROWS, ROWS, &gated_[t * inner_ + p * ROWS]);
+        for (int t = 0; t < rows; t++)
+            kernels_.silu(both + t * 32, both + t * 32 + ROWS, ROWS, &gated_[(first + t) * inner_ + p * ROWS]);
     }
 }
 
@@ -211,6 +228,7 @@ void Runner::heads(int tid, const Layer& l, int layer) {
     const Config& c = m_.c;
     int group = c.heads / c.kv_heads, key = up(c.heads * c.width, 32), value = key + up(c.kv_heads * c.width, 32);
     Share mine(tokens_ * c.kv_heads, tid, pool_.count());
+    if (own_) mine = Share(tokens_, tid, pool_.count()), mine.begin *= c.kv_heads, mine.end *= c.kv_heads;
     float scale = 1.0f / std::sqrt(float(c.width));
     for (const Run& r : batch_->runs)
         for (int i = std::max(r.first * c.kv_heads, mine.begin); i < std::min((r.first + r.count) * c.kv_heads, mine.end); i++) {

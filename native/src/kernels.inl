@@ -206,6 +206,8 @@ struct Two_panels {
     const uint8_t* code;    // [group][2][8][64]
     const float *S[2], *M[2];  // [scale group][16]
     int per[2], zero, groups;
+    const uint8_t* next[2];  // what is unpacked after these
+    size_t ahead;            // its bytes
 };
 
 template <bool HALF, bool MIN, int T>
@@ -261,9 +263,12 @@ void tile2(const Two_panels& w, const Act& x, int first, float* out, size_t stri
 
 template <bool HALF, bool MIN>
 void tiles2(const Two_panels& w, const Act& x, int first, int count, float* out, size_t stride, bool more) {
+    size_t fetched = 0;
     for (int t = 0, n; t < count; t += n) {  // as equal as can be: 16 are 6, 5 and 5
         const int tiles = (count - t + PAIR - 1) / PAIR;
         n = (count - t + tiles - 1) / tiles;
+        for (size_t end = w.ahead * size_t(t + n) / size_t(count) / 64 * 64; fetched < end && !more; fetched += 64)
+            ahead(w.next[0] + fetched), ahead(w.next[1] + fetched);
         switch (n) {
 #define RUN(T) case T: tile2<HALF, MIN, T>(w, x, first + t, out + t * stride, stride, more); break;
             RUN(1) RUN(2) RUN(3) RUN(4) RUN(5) RUN(6)
@@ -288,8 +293,10 @@ void pair(const Weight& a, int pa, const Weight& b, int pb, const Act& x, int fi
             two.S[i] = S, two.M[i] = S + size_t(w[i]->scale_groups()) * ROWS;
             scales(*w[i], at[i], S, S + size_t(w[i]->scale_groups()) * ROWS);
             S += size_t(w[i]->scale_groups()) * ROWS * 2;
+            two.next[i] = w[i]->codes + size_t(at[i] + (&a == &b ? 2 : 1)) * w[i]->panel_codes;
             two.per[i] = w[i]->group >= w[i]->k ? w[i]->groups() : w[i]->group / GROUP;
         }
+        two.ahead = a.panel_codes < b.panel_codes ? a.panel_codes : b.panel_codes;
         auto tiles = a.half() ? (a.min ? tiles2<true, true> : tiles2<true, false>)
                               : (a.min ? tiles2<false, true> : tiles2<false, false>);
         for (const Act* part = &x; part; part = part->rest, more = true) tiles(two, *part, first, count, out, stride, more);

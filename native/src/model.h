@@ -95,12 +95,14 @@ class Runner {
     void work(int tid);
     void plan();
     void begin(int tid);
-    const Act& normed(int tid, const float* weight, const float* x, int rows, const int* at);
+    void together();
+    const Act& normed(int tid, const float* weight, int rows, const int* at);
     void heads(int tid, const Layer& l, int layer);
     void attention(int tid, const Layer& l, int layer);
     const Act& quantised(int tid, Rows& shared, std::vector<Rows>& own, const float* x, size_t stride);
     void merge(int tid);
-    void products(int tid, const Weight* const* w, int count, const Act& x, int rows, float* out, size_t stride, bool add);
+    void products(int tid, bool own, const Weight* const* w, int count, const Act& x, int rows, float* out, size_t stride,
+                  bool add);
     void gated(int tid, const Layer& l, const Act& x);
     bool small() const { return tokens_ <= SMALL; }
 
@@ -111,6 +113,7 @@ class Runner {
     const Batch* batch_ = nullptr;
     const std::function<void(int, float*)>* take_ = nullptr;
     int tokens_ = 0, splits_ = 1;
+    bool own_ = false;  // each thread has tokens of its own, else rows of weights
     size_t hidden_, inner_, qkv_, out_;  // strides
     std::vector<float> x_, normed_, projected_, attended_, gated_, cosine_, sine_, logits_, partial_;
     std::vector<Rows> own_hidden_, own_heads_, own_inner_;  // one per thread

@@ -1,6 +1,7 @@
 """Speed of CPU runtimes on the same weights: decode at several batches, prefill, short and long context.
 
     python bench/runtimes.py make FOLDER                                   # GGUF files of both shapes, from SmolLM2's
+    python bench/runtimes.py others FOLDER/smol-Q4_0.gguf                  # what ONNX Runtime GenAI and CTranslate2 read
     python bench/runtimes.py run FOLDER/smol-Q4_0.gguf --threads 2 --engines native,llamacpp --rounds 3
     python bench/runtimes.py table
 
@@ -85,7 +86,24 @@ class Llamacpp:
             parameters.word[i] = value
         self.context = self.lib.llama_init_from_model(model, parameters)
         self.lib.llama_set_n_threads(self.context, threads, threads)
+        self.pool(threads)
         self.vocab = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(model))
+
+    def pool(self, threads: int) -> None:
+        """Threads that stay, as llama-bench has them; without, a build without OpenMP starts them for each step."""
+
+        class Parameters(c.Structure):
+            _fields_ = [("cores", c.c_bool * 512), ("count", c.c_int), ("priority", c.c_int), ("poll", c.c_uint32),
+                        ("strict", c.c_bool), ("paused", c.c_bool)]  # fmt: skip
+
+        self.lib.ggml_threadpool_params_default.argtypes = [c.c_int]
+        self.lib.ggml_threadpool_params_default.restype = Parameters
+        self.lib.ggml_threadpool_new.argtypes = [c.POINTER(Parameters)]
+        self.lib.ggml_threadpool_new.restype = c.c_void_p
+        self.lib.llama_attach_threadpool.argtypes = [c.c_void_p] * 3
+        self.lib.llama_attach_threadpool.restype = None
+        parameters = self.lib.ggml_threadpool_params_default(threads)
+        self.lib.llama_attach_threadpool(self.context, self.lib.ggml_threadpool_new(c.byref(parameters)), None)
 
     def feed(self, tokens: list[int], places: list[int], sequences: list[int], last: bool = True) -> None:
         n = len(tokens)
@@ -147,12 +165,17 @@ class Genai:
 
 
 class Openvino:
-    """OpenVINO GenAI, which reads the GGUF file itself; `openvino:bf16` hints at bf16 for what is not integer."""
+    """OpenVINO GenAI, which reads the GGUF file itself; `openvino:bf16` hints at bf16 for what is not integer.
+
+    `openvino:Q8_0` reads the file of that type beside: int8 in place of int4.
+    """
 
     def __init__(self, file: Path, threads: int, variant: str) -> None:
         import openvino as ov
         import openvino_genai as genai
 
+        if variant.startswith("Q"):
+            file, variant = file.with_name(file.name.replace("Q4_0", variant)), ""
         hint = {"INFERENCE_PRECISION_HINT": variant} if variant else {}
         self.pipe = genai.LLMPipeline(str(file), "CPU", INFERENCE_NUM_THREADS=threads, **hint)
         self.ov, self.genai = ov, genai
@@ -169,7 +192,35 @@ class Openvino:
         return 1e3 / told.get_tpot().mean  # which counts a batch's step as many tokens
 
 
-ENGINES = {"native": Native, "llamacpp": Llamacpp, "ort-genai": Genai, "openvino": Openvino}
+class Ctranslate2:
+    """CTranslate2 in int8, its only integer type on a CPU; the folder that `others` makes."""
+
+    def __init__(self, file: Path, threads: int, variant: str) -> None:
+        import ctranslate2
+
+        folder = next(file.with_suffix("").glob("**/ct2"))
+        self.model = ctranslate2.Generator(str(folder), device="cpu", compute_type="int8", intra_threads=threads)
+        self.words = json.loads((folder / "vocabulary.json").read_text())
+
+    def work(self, kind: str, batch: int, context: int, new: int) -> float:
+        """Tokens per second."""
+        ids = [[self.words[i] for i in random.integers(300, 32000, context)] for _ in range(batch)]
+        if kind == "prefill":
+            start = time.perf_counter()
+            self.model.forward_batch(ids, return_log_probs=False)
+            return context / (time.perf_counter() - start)
+        how = {"include_prompt_in_result": False, "end_token": [], "sampling_topk": 1}
+        seconds = []
+        for steps in (1, new + 1):
+            start = time.perf_counter()
+            self.model.generate_batch(ids, min_length=steps, max_length=steps, **how)
+            seconds.append(time.perf_counter() - start)
+        return batch * new / (seconds[1] - seconds[0])
+
+
+ENGINES = {
+    "native": Native, "llamacpp": Llamacpp, "ort-genai": Genai, "openvino": Openvino, "ctranslate2": Ctranslate2,
+}  # fmt: skip
 random = np.random.default_rng(0)
 
 
@@ -341,9 +392,30 @@ def tensors(source: Any, sizes: tuple[int, ...] | None) -> Any:
             yield f"blk.{i}.{name}.weight", random.standard_normal(shape, np.float32) / 50
 
 
+def others(file: Path) -> None:
+    """What peers need that do not read GGUF: an ONNX folder by wherry's export, and CTranslate2's own int8 folder."""
+    import ctranslate2
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from wherry import api
+
+    folder = file.with_suffix("")
+    if not (folder / "onnx").exists():
+        api.export(file, folder / "onnx", "onnx")
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float16)
+    model.hf_quantizer = None  # these are floats, whatever they were
+    del model.config.quantization_config
+    model.save_pretrained(folder / "hf")
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder / "hf")
+    converter = ctranslate2.converters.TransformersConverter(str(folder / "hf"), low_cpu_mem_usage=True)
+    converter.convert(str(folder / "ct2"), quantization="int8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["make", "run", "table", "worker"])
+    parser.add_argument("what", choices=["make", "others", "run", "table", "worker"])
     parser.add_argument("path", type=Path, nargs="?")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--engines", default="native,llamacpp")
@@ -352,6 +424,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "make":
         make(given.path)
+    elif given.what == "others":
+        others(given.path)
     elif given.what == "worker":
         serve(given.engines, given.path, given.threads)
     elif given.what == "run":

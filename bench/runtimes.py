@@ -1,7 +1,7 @@
 """Speed of CPU runtimes on the same weights: decode at several batches, prefill, short and long context.
 
     python bench/runtimes.py make FOLDER                                   # GGUF files of both shapes, from SmolLM2's
-    python bench/runtimes.py others FOLDER/smol-Q4_0.gguf                  # what ONNX Runtime GenAI and CTranslate2 read
+    python bench/runtimes.py others FOLDER/smol-Q4_0.gguf                # what ONNX Runtime GenAI and CTranslate2 read
     python bench/runtimes.py run FOLDER/smol-Q4_0.gguf --threads 2 --engines native,llamacpp --rounds 3
     python bench/runtimes.py table
 

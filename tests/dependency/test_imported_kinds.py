@@ -79,6 +79,10 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "depthwise": lambda: Picture(
         {"a": conv(8, 8, 3, 8), "b": conv(8, 12)}, lambda p, x: p["b"](F.relu(p["a"](x) + x)), 12
     ),
+    "upsampling": lambda: Picture(
+        {"a": nn.ConvTranspose2d(8, 12, 2, 2), "b": nn.ConvTranspose2d(12, 8, 2, 2, groups=2)},
+        lambda p, x: p["b"](F.relu(p["a"](x))), 8,
+    ),
     "gate": lambda: Picture({"a": conv(8, 20), "b": conv(10, 8)}, gated, 8),
     "squeeze": lambda: Picture(
         {"a": conv(8, 6), "b": conv(6, 8)},

@@ -72,6 +72,17 @@ def test_a_pruned_graph_is_a_plain_graph(graph: Path, tmp_path: Path) -> None:
     assert np.isfinite(y).all()
 
 
+def test_width_of_a_graph_that_takes_arrays(graph: Path, tmp_path: Path) -> None:
+    """Nothing is known of its inputs but what the graph declares."""
+    compress(graph, tmp_path / "out", "width:channels=4,multiple=1")
+    found, original = weights(tmp_path / "out" / "model.onnx"), weights(graph / "model.onnx")
+    assert sum(w.size for w in found.values()) < 0.5 * sum(w.size for w in original.values())
+    x = images(4, 5)
+    y = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx")).run(None, {"image": x})[0]
+    assert y.shape == (4, 5)
+    assert np.isfinite(y).all()
+
+
 def test_pruned_then_quantized(graph: Path, tmp_path: Path) -> None:
     recipe = "magnitude:sparsity=0.5 | rtn:scheme=W8A16,group_size=-1"
     report = compress(graph, tmp_path / "out", recipe, formats=("openvino",))

@@ -21,8 +21,8 @@ RESHAPES = {"reshape", "view", "expand", "broadcast_to", "_unsafe_view", "view_c
 SIZES: tuple[tuple[type, dict[str, Callable[[Any, torch.Tensor], Any]]], ...] = (
     (nn.modules.conv._ConvTransposeNd, {
         "in_channels": lambda m, w: w.shape[0],
-        "groups": lambda m, w: w.shape[0] * m.groups // m.in_channels,
-        "out_channels": lambda m, w: w.shape[1] * (w.shape[0] * m.groups // m.in_channels),
+        "groups": lambda m, w: w.shape[0] * m.groups // m.in_channels if m.groups > 1 else 1,
+        "out_channels": lambda m, w: w.shape[1] * (w.shape[0] * m.groups // m.in_channels if m.groups > 1 else 1),
     }),
     (nn.modules.conv._ConvNd, {
         "out_channels": lambda m, w: w.shape[0],

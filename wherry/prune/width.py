@@ -146,7 +146,18 @@ def few(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def example(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Inputs of the model's own: token ids, or its task's examples."""
+    """Inputs of the model's own: token ids, its task's examples, or noise of the shapes that a graph declares."""
     if checkpoint.task.kind == "text-generation":
         return {"input_ids": torch.arange(16).reshape(2, 8) % int(checkpoint.config.get("vocab_size", 16))}
+    if checkpoint.task.modality == "arrays" and checkpoint.graph is not None:
+        return tensors({str(value.name): noise(value) for value in checkpoint.graph.model.graph.inputs})
     return tensors(checkpoint.task.prepare(checkpoint.task.examples()))
+
+
+def noise(value: Any) -> np.ndarray:
+    """Two examples for an input of a graph; sizes that it leaves open are 16, whole numbers 0 and truths true."""
+    sizes = [size if isinstance(size, int) else 16 if i else 2 for i, size in enumerate(value.shape)]
+    kind = np.dtype(value.dtype.numpy())
+    if kind.kind == "f":
+        return np.random.default_rng(0).standard_normal(sizes).astype(kind)
+    return np.full(sizes, kind.kind == "b", kind)

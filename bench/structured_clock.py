@@ -32,7 +32,7 @@ def session(folder: Path, work: Path) -> tuple[Any, int]:
 
     checkpoint, file = Checkpoint.open(folder), folder / "model.onnx"
     if checkpoint.graph is None:
-        exported = work / f"onnx-{folder.name}"
+        exported = work / f"onnx-{folder.parent.name}-{folder.name}"  # two dense models are called "model"
         if not exported.exists():
             temporary = exported.with_name(f".{exported.name}")
             shutil.rmtree(temporary, ignore_errors=True)

@@ -82,7 +82,7 @@ class Llamacpp:
             self.lib.llama_backend_init()
         model = self.lib.llama_model_load_from_file(str(file).encode(), self.lib.llama_model_default_params())
         parameters = self.lib.llama_context_default_params()
-        for i, value in enumerate((8 * 2176, 2048, 512, 16)):
+        for i, value in enumerate((16 * 2176, 2048, 512, 16)):
             parameters.word[i] = value
         self.context = self.lib.llama_init_from_model(model, parameters)
         self.lib.llama_set_n_threads(self.context, threads, threads)
@@ -134,7 +134,7 @@ class Llamacpp:
 
 
 class Genai:
-    """ONNX Runtime GenAI on the folder that `wherry export --format onnx` makes of the same file."""
+    """ONNX Runtime GenAI, int4 with 8-bit activations, on the folder that `others` makes of the same file."""
 
     def __init__(self, file: Path, threads: int, variant: str) -> None:
         import onnxruntime_genai as og
@@ -393,16 +393,23 @@ def tensors(source: Any, sizes: tuple[int, ...] | None) -> Any:
 
 
 def others(file: Path) -> None:
-    """What peers need that do not read GGUF: an ONNX folder by wherry's export, and CTranslate2's own int8 folder."""
+    """What peers need that do not read GGUF: an int4 ONNX folder by wherry's export, CTranslate2's own int8 folder."""
     import ctranslate2
+    import onnx
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from wherry import api
 
     folder = file.with_suffix("")
-    if not (folder / "onnx").exists():
-        api.export(file, folder / "onnx", "onnx")
+    api.compress(file, folder / "w4", "rtn:scheme=W4A16,group_size=32")
+    api.export(folder / "w4", folder / "onnx", "onnx")
+    graph = onnx.load(folder / "onnx" / "model.onnx", load_external_data=False)
+    for node in graph.graph.node:  # its fastest: activations in 8 bits, as the others have them
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 4
+    onnx.save(graph, folder / "onnx" / "model.onnx")
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float16)
     model.hf_quantizer = None  # these are floats, whatever they were

@@ -12,6 +12,7 @@ before a solver in the same block, `fit` after it; `tune` comes last, with the w
 """
 
 import dataclasses
+import math
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -353,9 +354,10 @@ class Plan:
                     else row
                     for row in self.rows
                 ]
+                whole = math.gcd(*(row.shape[-1] for row in rows if row.scheme and row.role == "linear"))
                 for row in rows:
                     try:
-                        _ = row.scheme and row.scheme.scales_per_row(row.shape[-1])
+                        _ = row.scheme and row.scheme.scales_per_row(row.shape[-1], whole)
                     except BadInput as error:
                         raise BadInput(f"{row.name}: {error}, as a knob of {step.method}") from error
                 found.append(Plan(self.checkpoint, self.recipe, rows))

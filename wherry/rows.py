@@ -1,6 +1,7 @@
 """Rows: what the steps of one stage do to each tensor: which scheme, how many zeros, what shape, or why nothing."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,7 @@ def row_of(
             if role not in MULTIPLIED:
                 reasons.append(str(error))
                 continue
-            raise BadInput(f"{name}: {error}") from error
+            raise misfit(scheme, shape[-1], checkpoint, step, name) from error
         gaits = ("fit", "tune")
         learns = [o.method for o in steps if any(hasattr(o, gait) for gait in gaits) and o.wants(name)]
         if role == "linear" and scheme.planes > 1 and learns:
@@ -98,6 +99,16 @@ def row_of(
             )
         return dataclasses.replace(row, scheme=scheme, step=i, reason="", after=after, notes=notes)
     return dataclasses.replace(row, reason="; ".join(reasons))
+
+
+def misfit(scheme: Scheme, k: int, checkpoint: Checkpoint, step: Pass, name: str) -> BadInput:
+    """Why a scheme does not fit a weight of k inputs, and what fits all the weights that the step takes."""
+    taken = (each for each, role, _ in roles(checkpoint) if role in MULTIPLIED and step.wants(each))
+    try:
+        scheme.scales_per_row(k, math.gcd(*(checkpoint.shape(each)[-1] for each in taken)))
+    except BadInput as error:
+        return BadInput(f"{name}: {error}")
+    return BadInput(f"{name}: {scheme} does not fit its {k} inputs")
 
 
 def pruned(steps: tuple[Pass, ...], checkpoint: Checkpoint, row: PlanRow, why: str, first: int) -> PlanRow:

@@ -13,6 +13,7 @@ two float matrices beside the codes, w = scale * (code - zero) + left right (qua
 Source of the vocabulary: compressed-tensors' QuantizationArgs and preset schemes.
 """
 
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Union
@@ -130,15 +131,18 @@ class Scheme:
             raise BadInput(f"{self} has its scales by definition; NVFP4A16 has fp8, MXFP4A16 e8m0: leave scale= out")
         return replace(self, scale=SCALES[kind])
 
-    def scales_per_row(self, k: int) -> int:
-        """Number of scales that a row of k inputs has. Raises BadInput when the group does not divide k."""
+    def scales_per_row(self, k: int, whole: int = 0) -> int:
+        """Number of scales that a row of k inputs has.
+
+        Raises BadInput when the group does not divide k; the size that it names divides `whole`, too.
+        """
         if self.nested and k % 256:
-            size = max((1 << i for i in range(3, 8) if k % (1 << i) == 0), default=-1)
+            size = max((1 << i for i in range(3, 8) if math.gcd(k, whole) % (1 << i) == 0), default=-1)
             fits = f"W{self.bits}A16,group_size={size} fits"
             raise BadInput(f"{self} has super-blocks of 256, which do not divide the {k} inputs; {fits}")
         if isinstance(self.grain, Group):
             if k % self.grain.size:
-                powers = [1 << i for i in range(4, 9) if k % (1 << i) == 0]
+                powers = [1 << i for i in range(4, 9) if math.gcd(k, whole) % (1 << i) == 0]
                 near = max((p for p in powers if p <= self.grain.size), default=max(divisors(k)[:-1]))
                 raise BadInput(f"group_size={self.grain.size} does not divide the {k} inputs; group_size={near} does")
             return k // self.grain.size

@@ -12,8 +12,8 @@ before a solver in the same block, `fit` after it; `tune` comes last, with the w
 """
 
 import dataclasses
-import math
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path

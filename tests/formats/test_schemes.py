@@ -58,5 +58,5 @@ def test_exports_decode_to_the_checkpoint(name: str, wide: Path, tmp_path: Path)
 
 def test_a_wrong_width_names_a_scheme_that_fits(tmp_path: Path) -> None:
     narrow = Checkpoint.open(write_llama(tmp_path / "narrow", layers=1, hidden=64))
-    with pytest.raises(BadInput, match="W4A16,group_size=128 fits"):
+    with pytest.raises(BadInput, match="W4A16,group_size=64 fits"):  # rows of 128 and of 64
         Recipe.parse("gptq:scheme=Q4_K").plan(narrow)

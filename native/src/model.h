@@ -84,9 +84,21 @@ class Runner {
   private:
     struct Rows {  // quantised activations and their memory
         std::vector<Block> blocks;
+        std::vector<float> normed;
         Act act;
         std::unique_ptr<Rows> rest;
-        void make(int rows, int k, int bits);
+        void make(int rows, int k, int bits, const float* f, size_t stride);  // f: what is quantised, or nullptr: `normed`
+    };
+    struct Operands {
+        Rows hidden, heads, inner;
+    };
+    struct Input {  // rows of x, or rows `at` of it, that weights are multiplied with
+        const float* x;
+        size_t stride;
+        Rows &all, &own;  // where they are quantised, by all threads and by one
+        int rows;
+        const float* norm = nullptr;
+        const int* at = nullptr;
     };
     struct Unit {  // of attention: queries of `heads` heads from `head` on times `tokens` tokens
         const Run* run;
@@ -94,17 +106,17 @@ class Runner {
     };
     void work(int tid);
     void plan();
-    void begin(int tid);
-    void together();
-    const Act& normed(int tid, const float* weight, int rows, const int* at);
-    void heads(int tid, const Layer& l, int layer);
-    void attention(int tid, const Layer& l, int layer);
-    const Act& quantised(int tid, Rows& shared, std::vector<Rows>& own, const float* x, size_t stride);
-    void merge(int tid);
-    void products(int tid, bool own, const Weight* const* w, int count, const Act& x, int rows, float* out, size_t stride,
-                  bool add);
-    void gated(int tid, const Layer& l, const Act& x);
-    bool small() const { return tokens_ <= SMALL; }
+    template <class Take>
+    void tokens(int tid, int parts, const Take& take);
+    template <class Take>
+    void multiply(int tid, const Input& in, int items, const Take& take);
+    void begin(int t);
+    void fill(const Input& in, int row, Rows& to);
+    void products(int tid, const Weight* const* w, int count, const Input& in, float* out, size_t stride, bool add);
+    void gated(int tid, const Layer& l, const Input& in);
+    void head(int t, int h, const Layer& l, int layer);
+    void attend(int tid, const Unit& u, const Layer& l, int layer);
+    void merge(int i);
 
     const Model& m_;
     Cache& cache_;
@@ -113,14 +125,14 @@ class Runner {
     const Batch* batch_ = nullptr;
     const std::function<void(int, float*)>* take_ = nullptr;
     int tokens_ = 0, splits_ = 1;
-    bool own_ = false;  // each thread has tokens of its own, else rows of weights
-    size_t hidden_, inner_, qkv_, out_;  // strides
-    std::vector<float> x_, normed_, projected_, attended_, gated_, cosine_, sine_, logits_, partial_;
-    std::vector<Rows> own_hidden_, own_heads_, own_inner_;  // one per thread
-    std::vector<std::vector<float>> own_normed_, scratch_;
-    Rows hidden_rows_, head_rows_, inner_rows_;
+    bool many_ = false;                          // each thread has tokens of its own, else rows of weights
+    size_t hidden_, inner_, query_, qkv_, out_;  // strides
+    std::vector<float> x_, projected_, attended_, gated_, cosine_, sine_, logits_, partial_;
+    Operands all_;
+    std::vector<Operands> own_;  // of one thread each
+    std::vector<std::vector<float>> scratch_;
     std::vector<Unit> units_;
-    std::vector<std::atomic<int>> next_;  // unit of each layer
+    std::vector<const Run*> run_;  // of each token
 };
 
 }  // namespace wherry

@@ -10,7 +10,8 @@ namespace {
 
 constexpr int SPINS = 2000;  // some 20 to 100 us
 
-void wait(std::atomic<int>& a, int old) {
+template <class T>
+void wait(std::atomic<T>& a, T old) {
     for (int i = 0; i < SPINS; i++) {
         if (a.load(std::memory_order_acquire) != old) return;
 #if defined(__x86_64__)
@@ -22,9 +23,11 @@ void wait(std::atomic<int>& a, int old) {
     while (a.load(std::memory_order_acquire) == old) a.wait(old, std::memory_order_acquire);
 }
 
+int after(uint32_t a, uint32_t b) { return int32_t(a - b); }  // phases wrap around
+
 }  // namespace
 
-Pool::Pool(int count, std::vector<int> cores) : count_(count), cores_(std::move(cores)) {
+Pool::Pool(int count, std::vector<int> cores) : count_(count), cores_(std::move(cores)), slots_(new Slot[size_t(count)]) {
     for (int i = 1; i < count; i++) threads_.emplace_back([this, i] { work(i); });
 }
 
@@ -65,6 +68,29 @@ void Pool::barrier() {
     } else {
         wait(phase_, phase);
     }
+}
+
+// An item of the `part`-th share that nobody has, or -1.
+int Pool::claim(int part, uint32_t phase, Share share) {
+    std::atomic<uint64_t>& next = slots_[part].next;
+    for (uint64_t seen = next.load(std::memory_order_relaxed);;) {
+        int ahead = after(uint32_t(seen >> 32), phase);
+        int item = ahead ? share.begin : int(uint32_t(seen));
+        if (ahead > 0 || item >= share.end) return -1;
+        uint64_t taken = uint64_t(phase) << 32 | uint32_t(item + 1);
+        if (next.compare_exchange_weak(seen, taken, std::memory_order_relaxed)) return item;
+    }
+}
+
+// The phase is over when all its items are done, wherever the threads are that had none.
+void Pool::finish(uint32_t phase, int done, int count) {
+    if (done && done_.fetch_add(done, std::memory_order_acq_rel) + done == count) {
+        done_.store(0, std::memory_order_relaxed);
+        over_.store(phase, std::memory_order_release);
+        over_.notify_all();
+    }
+    if (!count) return;
+    for (uint32_t over; after(over = over_.load(std::memory_order_acquire), phase) < 0;) wait(over_, over);
 }
 
 void Pool::work(int i) {

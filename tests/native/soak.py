@@ -60,8 +60,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--users", type=int, default=12)
     parser.add_argument("--isa", default="")
+    parser.add_argument("--threads", type=int, default=2, help="more than cores: each is off its core at any point")
     given = parser.parse_args()
-    session = native.load(Artifact.open(given.file), threads=2, isa=given.isa, cache_tokens=1024)
+    session = native.load(Artifact.open(given.file), threads=given.threads, isa=given.isa, cache_tokens=1024)
     alone = [list(session.generate(prompt, how)) for prompt, how in requests(session.shape.vocab)]
     begin, count, wrong, until = 0, [0], [], time.monotonic() + given.seconds
     args = (until, alone, count, wrong)

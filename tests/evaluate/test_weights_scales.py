@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from wherry.evaluate.weights import unrounded_scales
+from wherry.evaluate.weights import compare, rounded, unrounded_scales
 from wherry.ops import grid
 from wherry.scheme import QTensor, Scheme
 
@@ -42,3 +42,29 @@ def test_wide_codes_of_weights_that_lie_on_a_narrow_grid(factor: float, half: bo
     scale = q.scale * factor
     changed = QTensor(scheme, q.code, scale.half().float() if half else scale, None).decode()
     assert bool(unrounded_scales(np.asarray(changed), scheme)) == (factor != 1.0)
+
+
+def heterogeneous(kind: str, seed: int = 0) -> torch.Tensor:
+    """Weights [256, 512]: equal, of unequal columns (as AWQ leaves them), unequal rows, or with long tails."""
+    random = np.random.default_rng(seed)
+    w = random.standard_t(4, (256, 512)) if kind == "tails" else random.standard_normal((256, 512))
+    if kind in ("columns", "rows"):
+        w = w * np.exp(random.standard_normal((1, 512) if kind == "columns" else (256, 1)))
+    return torch.tensor(w / 20, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("kind", ["equal", "columns", "rows", "tails"])
+def test_the_slope_of_a_k_quant_is_that_of_its_own_grid(name: str, kind: str) -> None:
+    """The reference is the k-quant's own rounding, bit for bit, so 2% more is seen at any width."""
+    scheme = Scheme.parse(name)
+    given, rounding = heterogeneous(kind), grid.stored(scheme, None)
+    q = grid.encode(given, scheme, *grid.fit(given, scheme, rounding))
+    w, v = given.numpy(), np.asarray(q.decode())
+    plain, step = rounded(w, scheme, scheme.group_size or 0)
+    assert np.array_equal(plain, v)
+    assert np.array_equal(step, q.scale.flatten().numpy())
+    assert compare(w, v, scheme).problem == ""
+    assert "scaled: slope" in compare(w, 1.02 * v, scheme).problem
+    if name == "Q4_K":
+        assert "scaled down" in compare(w, 0.98 * v, scheme).problem

@@ -66,22 +66,49 @@ def size(scheme: Scheme, shape: tuple[int, ...]) -> int | None:
     if scheme.kind != "int" or scheme.planes != 1 or scheme.rank or not shape:
         return None
     if isinstance(scheme.grain, Group):
-        return scheme.grain.size if shape[-1] % scheme.grain.size == 0 else None
+        over = _over(scheme)  # of a k-quant, so many groups have one scale for their scales
+        return scheme.grain.size if shape[-1] % (scheme.grain.size * over) == 0 else None
     if isinstance(scheme.grain, Row):
         return shape[-1]
     return int(np.prod(shape)) if isinstance(scheme.grain, Tensor) else None
 
 
 def rounded(w: np.ndarray, scheme: Scheme, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """Plain rounding to the grid of each group's range: weights, and the step of each group [groups]."""
+    """Plain rounding to the grid of each group's range: weights, and the step of each group [groups].
+
+    A k-quant's minimum is no code: its grid holds both ends of the range, so the slope of normal weights is 1.014 at
+    Q2_K, of any size, where integer zeros give 1.004. Its scales and minimums are small integers over an fp16.
+    """
     g = w.reshape(-1, group)
     low, high = np.minimum(g.min(-1, keepdims=True), 0), np.maximum(g.max(-1, keepdims=True), 0)
     span = np.float32(scheme.qmax - scheme.qmin)
     step = (2 * np.maximum(-low, high) if scheme.symmetric else high - low) / span
     step = np.where(step > 0, step, 1).astype(np.float32)
+    if scheme.nested:
+        step = _small(step, scheme)
+        least = scheme.qmin * step if scheme.symmetric else -_small(-low, scheme)
+        code = np.clip(np.rint((g - least) / np.where(step > 0, step, 1)), 0, span)
+        return (code * step + least).reshape(w.shape), step[:, 0]
     zero = np.float32(0) if scheme.symmetric else np.clip(scheme.qmin - np.rint(low / step), scheme.qmin, scheme.qmax)
     code = np.clip(np.rint(g / step + zero), scheme.qmin, scheme.qmax)
     return ((code - zero) * step).reshape(w.shape), step[:, 0]
+
+
+def _over(scheme: Scheme) -> int:
+    """Groups of one super-block, 1 without such."""
+    over = scheme.scale.grain if isinstance(scheme.scale, Scheme) else None
+    return over.size if isinstance(over, Group) else 1
+
+
+def _small(value: np.ndarray, scheme: Scheme) -> np.ndarray:
+    """Scales or minimums >= 0 [groups, 1], rounded to whole multiples of one fp16 for each super-block."""
+    assert isinstance(scheme.scale, Scheme)
+    blocks = value.reshape(-1, _over(scheme))
+    parts = np.float32(scheme.scale.qmax - (0 if scheme.symmetric else scheme.scale.qmin))
+    most = blocks.max(1, keepdims=True)
+    unit = np.maximum((most / parts).astype(np.float16), 2.0**-24).astype(np.float32)
+    whole = np.where((blocks == most) & (most > 0), parts, np.clip(np.rint(blocks / unit), 0, parts))
+    return (whole * unit).reshape(-1, 1)
 
 
 def compare(w: np.ndarray, v: np.ndarray, scheme: Scheme | None) -> Comparison:

@@ -33,16 +33,17 @@ struct Handle {  // a model that is filled, then an engine that has it
 #define API extern "C" __attribute__((visibility("default")))
 
 API const char* wn_error() { return failure.c_str(); }
-API int wn_version() { return 4; }
+API int wn_version() { return 5; }
 API int wn_isas() { return isa_count(); }
 API const char* wn_isa_name(int i) { return i < 0 ? best_isa()->name : i < isa_count() ? isa_name(i) : ""; }
 API int wn_isa_runs(int i) { return i >= 0 && i < isa_count() && isa(i) != nullptr; }
 
-API Handle* wn_model(const Config* c, const float* frequencies, const int* windows) {
+// frequencies [rotations][width / 2], factors [rotations]; windows and the number of its rotation for each layer
+API Handle* wn_model(const Config* c, const float* frequencies, const float* factors, const int* windows, const int* rotation) {
     auto sane = [](int v, int most) { return v >= 1 && v <= most; };
     if (!sane(c->layers, 1 << 12) || !sane(c->hidden, 1 << 17) || !sane(c->inner, 1 << 19) || !sane(c->heads, 1 << 12) ||
         !sane(c->kv_heads, c->heads) || !sane(c->width, 1 << 10) || !sane(c->vocab, 1 << 22) || !sane(c->context, 1 << 24) ||
-        c->heads % c->kv_heads || c->width % 2) {
+        c->heads % c->kv_heads || c->width % 2 || !sane(c->rotations, 16)) {
         fail("sizes that no model has");
         return nullptr;
     }
@@ -50,8 +51,14 @@ API Handle* wn_model(const Config* c, const float* frequencies, const int* windo
     guarded([&] {
         auto made = std::make_unique<Handle>();
         made->model = std::make_unique<Model>(*c);
-        made->model->frequencies.assign(frequencies, frequencies + c->width / 2);
-        for (int i = 0; i < c->layers; i++) made->model->layers[i].window = windows[i];
+        for (Rotation& table : made->model->rotations) {
+            table.frequencies.assign(frequencies, frequencies + c->width / 2), table.factor = *factors++;
+            frequencies += c->width / 2;
+        }
+        for (int i = 0; i < c->layers; i++) {
+            if (!sane(rotation[i] + 1, c->rotations)) return fail("a layer's rotation that there is not");
+            made->model->layers[i].window = windows[i], made->model->layers[i].rotation = rotation[i];
+        }
         h = made.release();
         return 0;
     });

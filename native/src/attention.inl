@@ -142,6 +142,7 @@ template <int M, bool BYTES> void attend_m(Attend& a) {
                 for (int i = 0; i < last * PAGE / 2; i++) pm[i] = two(0, 0);
                 continue;
             }
+            if (a.cap > 0) soften(s + first * PAGE, (last - first) * PAGE, a.cap);
             for (int i = first * PAGE; i < b; i++) s[i] = -__builtin_inff();
             for (int i = e; i < last * PAGE; i++) s[i] = -__builtin_inff();
             vf peak = setf(a.most[m]);
@@ -190,4 +191,4 @@ template <bool BYTES> void attend_any(Attend& a) {
 
 void attend(Attend& a) { a.bytes ? attend_any<true>(a) : attend_any<false>(a); }
 
-const Kernels TABLE = {ISA_NAME, quantize, norm, silu, peak, panel, pair, turn, store, attend};
+const Kernels TABLE = {ISA_NAME, quantize, norm, silu, gelu, soften, peak, panel, pair, turn, store, attend};

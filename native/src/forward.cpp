@@ -38,7 +38,7 @@ Runner::Runner(const Model& m, Cache& cache, const Kernels& kernels, Pool& pool,
     qkv_ = query_ + 2 * up(c.kv_heads * c.width, 32), out_ = up(c.vocab, 32);
     x_.resize(TOKENS * hidden_), projected_.resize(TOKENS * qkv_);
     attended_.resize(TOKENS * query_), gated_.resize(TOKENS * inner_);
-    cosine_.resize(size_t(TOKENS) * c.width / 2), sine_.resize(cosine_.size());
+    cosine_.resize(size_t(TOKENS) * c.rotations * (c.width / 2)), sine_.resize(cosine_.size());
     logits_.resize(size_t(LOGITS) * out_);
     int n = pool.count(), widest = std::max({c.hidden, c.inner, query});
     partial_.resize(size_t(SMALL) * c.heads * n * (up(c.width, 16) + 2));
@@ -95,17 +95,17 @@ void Runner::work(int tid) {
     tokens(tid, 1, [&](int t, int) { begin(t); });
     for (int i = 0; i < c.layers; i++) {
         const Layer& l = m_.layers[i];
-        const Weight *qkv[] = {&l.q, &l.k, &l.v}, *o[] = {&l.o}, *down[] = {&l.down};
+        const Weight* qkv[] = {&l.q, &l.k, &l.v};
         const Input first{x_.data(), hidden_, all_.hidden, own.hidden, tokens_, l.attention_norm};
         products(tid, qkv, 3, first, projected_.data(), qkv_, false);
         tokens(tid, c.kv_heads, [&](int t, int h) { head(t, h, l, i); });
         if (many_) pool_.barrier();
         pool_.each(tid, int(units_.size()), [&](int u) { attend(tid, units_[u], l, i); });
         if (splits_ > 1) pool_.each(tid, tokens_ * c.heads, [&](int j) { merge(j); });
-        products(tid, o, 1, heads, x_.data(), hidden_, true);
+        residual(tid, l.o, heads, l.post_attention_norm);
         const Input second{x_.data(), hidden_, all_.hidden, own.hidden, tokens_, l.mlp_norm};
         gated(tid, l, second);
-        products(tid, down, 1, inner, x_.data(), hidden_, true);
+        residual(tid, l.down, inner, l.post_mlp_norm);
     }
     if (many_) pool_.barrier();
     int wanted = int(batch_->wanted.size());
@@ -114,7 +114,10 @@ void Runner::work(int tid) {
         int rows = std::min(LOGITS, wanted - first);
         const Input last{x_.data(), hidden_, all_.hidden, own.hidden, rows, m_.norm, &batch_->wanted[first]};
         products(tid, out, 1, last, logits_.data(), out_, false);
-        pool_.each(tid, rows, [&](int r) { (*take_)(first + r, &logits_[r * out_]); });
+        pool_.each(tid, rows, [&](int r) {
+            if (c.logit_cap > 0) kernels_.soften(&logits_[r * out_], int(out_), c.logit_cap);
+            (*take_)(first + r, &logits_[r * out_]);
+        });
     }
 }
 
@@ -130,12 +133,14 @@ void Runner::tokens(int tid, int parts, const Take& take) {
 void Runner::begin(int t) {
     const Config& c = m_.c;
     unpack_row(m_.embed, batch_->ids[t], &x_[t * hidden_]);
+    for (int d = 0; d < c.hidden; d++) x_[t * hidden_ + d] *= c.embed_scale;
     double position = run_[t]->position + t - run_[t]->first;
-    for (int d = 0; d < c.width / 2; d++) {
-        double angle = position * double(m_.frequencies[d]);
-        cosine_[size_t(t) * (c.width / 2) + d] = float(std::cos(angle)) * c.rotary_factor;
-        sine_[size_t(t) * (c.width / 2) + d] = float(std::sin(angle)) * c.rotary_factor;
-    }
+    size_t at = size_t(t) * c.rotations * (c.width / 2);
+    for (const Rotation& table : m_.rotations)
+        for (int d = 0; d < c.width / 2; d++, at++) {
+            double angle = position * double(table.frequencies[d]);
+            cosine_[at] = float(std::cos(angle)) * table.factor, sine_[at] = float(std::sin(angle)) * table.factor;
+        }
 }
 
 // One row of what is multiplied: normed where it has a norm, and quantised.
@@ -190,9 +195,23 @@ void Runner::products(int tid, const Weight* const* w, int count, const Input& i
     });
 }
 
+// x_ += the product, or its norm where the layer has one.
+void Runner::residual(int tid, const Weight& w, const Input& in, const float* norm) {
+    const Weight* one[] = {&w};
+    if (!norm) return products(tid, one, 1, in, x_.data(), hidden_, true);
+    float* sums = all_.hidden.normed.data();
+    products(tid, one, 1, in, sums, hidden_, false);
+    tokens(tid, 1, [&](int t, int) {
+        float *row = sums + t * hidden_, *to = &x_[t * hidden_];
+        kernels_.norm(row, norm, m_.c.eps, m_.c.hidden, row);
+        for (int d = 0; d < m_.c.hidden; d++) to[d] += row[d];
+    });
+}
+
 void Runner::gated(int tid, const Layer& l, const Input& in) {
     float* both = aligned(scratch_[tid]);  // [tokens][gate 16, up 16]
     float* scratch = both + TOKENS * 32;
+    const auto gate = m_.c.gelu ? kernels_.gelu : kernels_.silu;
     multiply(tid, in, l.gate.panels(), [&](int p, const Act& x, Share mine) {
         int rows = mine.end - mine.begin;
         if (rows > DENSE) {
@@ -202,7 +221,7 @@ void Runner::gated(int tid, const Layer& l, const Input& in) {
             kernels_.panel(l.up, p, x, mine.begin, rows, scratch, both + ROWS, 32, false);
         }
         for (int t = 0; t < rows; t++)
-            kernels_.silu(both + t * 32, both + t * 32 + ROWS, ROWS, &gated_[(mine.begin + t) * inner_ + p * ROWS]);
+            gate(both + t * 32, both + t * 32 + ROWS, ROWS, &gated_[(mine.begin + t) * inner_ + p * ROWS]);
     });
 }
 
@@ -212,8 +231,9 @@ void Runner::head(int t, int h, const Layer& l, int layer) {
     const Run& r = *run_[t];
     int group = c.heads / c.kv_heads, position = r.position + t - r.first;
     size_t key = query_, value = key + up(c.kv_heads * c.width, 32);
-    float scale = 1.0f / std::sqrt(float(c.width)), *row = &projected_[t * qkv_];
-    const float *cosine = &cosine_[size_t(t) * (c.width / 2)], *sine = &sine_[size_t(t) * (c.width / 2)];
+    float* row = &projected_[t * qkv_];
+    const size_t table = (size_t(t) * c.rotations + l.rotation) * (c.width / 2);
+    const float *cosine = &cosine_[table], *sine = &sine_[table];
     float* k = row + key + h * c.width;
     if (l.k_norm) kernels_.norm(k, l.k_norm, c.eps, c.width, k);
     kernels_.turn(k, c.width, cosine, sine, c.neighbours);
@@ -221,7 +241,7 @@ void Runner::head(int t, int h, const Layer& l, int layer) {
         float* q = row + g * c.width;
         if (l.q_norm) kernels_.norm(q, l.q_norm, c.eps, c.width, q);
         kernels_.turn(q, c.width, cosine, sine, c.neighbours);
-        for (int d = 0; d < c.width; d++) q[d] *= scale;
+        for (int d = 0; d < c.width; d++) q[d] *= c.query_scale;
     }
     uint8_t* page = cache_.data + cache_.layer * layer + cache_.page * r.pages[position / PAGE] + cache_.head * h;
     kernels_.store(k, row + value + h * c.width, c.width, page, position % PAGE, cache_.bytes);
@@ -233,7 +253,7 @@ void Runner::attend(int tid, const Unit& u, const Layer& l, int layer) {
     float* scratch = aligned(scratch_[tid]);
     Attend a;
     a.base = cache_.data + cache_.layer * layer, a.page_bytes = cache_.page, a.width = c.width;
-    a.bytes = cache_.bytes;
+    a.bytes = cache_.bytes, a.cap = c.attention_cap;
     a.out = scratch, a.scratch = scratch + QUERIES * wide;
     a.head_offset = cache_.head * (u.head / group), a.pages = u.run->pages;
     a.queries = u.tokens * u.heads, a.cold = u.run->count == 1;

@@ -52,6 +52,8 @@ std::string Model::set(Part part, int layer, const float* values, int count, boo
         place = &norm, want = c.hidden;
     } else if (l && (part == Part::attention_norm || part == Part::mlp_norm)) {
         place = part == Part::attention_norm ? &l->attention_norm : &l->mlp_norm, want = c.hidden;
+    } else if (l && (part == Part::post_attention_norm || part == Part::post_mlp_norm)) {
+        place = part == Part::post_attention_norm ? &l->post_attention_norm : &l->post_mlp_norm, want = c.hidden;
     } else if (l && (part == Part::q_norm || part == Part::k_norm)) {
         place = part == Part::q_norm ? &l->q_norm : &l->k_norm, want = c.width;
     } else {
@@ -67,7 +69,7 @@ std::string Model::whole() const {
     auto full = [](const Weight& w) { return w.codes && w.filled == w.n; };
     if (!full(embed)) return "the embedding is not whole";
     if (head.codes && !full(head)) return "the head is not whole";
-    if (!norm || int(frequencies.size()) != c.width / 2) return "the last norm or the rotation is missing";
+    if (!norm) return "the last norm is missing";
     for (int i = 0; i < c.layers; i++) {
         const Layer& l = layers[i];
         for (const Weight* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down})

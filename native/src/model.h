@@ -14,27 +14,41 @@ namespace wherry {
 struct Config {
     int layers, hidden, inner, heads, kv_heads, width, vocab, context;
     int neighbours;  // rotary pairs are neighbours (llama in GGUF), else the two halves of a head
-    float eps, rotary_factor;  // of cosine and sine (YaRN)
+    int rotations;   // tables of frequencies, of which each layer has one
+    int gelu;        // the gate's activation: gelu by tanh, else silu
+    float eps;
+    float embed_scale, query_scale;  // that these are multiplied with
+    float attention_cap, logit_cap;  // c tanh(x / c) of scores and of logits; 0: as they are
+};
+
+struct Rotation {
+    std::vector<float> frequencies;  // [width / 2]
+    float factor = 1;                // of cosine and sine (YaRN)
 };
 
 struct Layer {
     Weight q, k, v, o, gate, up, down;
     const float *attention_norm = nullptr, *mlp_norm = nullptr, *q_norm = nullptr, *k_norm = nullptr;
+    const float *post_attention_norm = nullptr, *post_mlp_norm = nullptr;  // of what is added to the residual stream
+    int rotation = 0;
     int window = 0;  // positions that a token sees; 0: all
 };
 
-enum class Part : int { embed, head, norm, attention_norm, mlp_norm, q, k, v, o, gate, up, down, q_norm, k_norm, parts };
+enum class Part : int {
+    embed, head, norm, attention_norm, mlp_norm, q, k, v, o, gate, up, down, q_norm, k_norm, post_attention_norm,
+    post_mlp_norm, parts
+};
 
 struct Model {
     Config c;
     std::vector<Layer> layers;
-    std::vector<float> frequencies;  // of rotation, [width / 2]
+    std::vector<Rotation> rotations;
     Weight embed, head;
     const float* norm = nullptr;
     std::deque<std::vector<float>> vectors;  // norms and biases
     Memory memory;                           // of the weights
 
-    explicit Model(const Config& config) : c(config), layers(config.layers) {}
+    explicit Model(const Config& config) : c(config), layers(config.layers), rotations(config.rotations) {}
     Model(const Model&) = delete;
     Model& operator=(const Model&) = delete;
     Weight* weight(Part part, int layer);               // nullptr: there is none
@@ -113,6 +127,7 @@ class Runner {
     void begin(int t);
     void fill(const Input& in, int row, Rows& to);
     void products(int tid, const Weight* const* w, int count, const Input& in, float* out, size_t stride, bool add);
+    void residual(int tid, const Weight& w, const Input& in, const float* norm);
     void gated(int tid, const Layer& l, const Input& in);
     void head(int t, int h, const Layer& l, int layer);
     void attend(int tid, const Unit& u, const Layer& l, int layer);

@@ -99,6 +99,22 @@ void silu(const float* gate, const float* up, int n, float* out) {
     }
 }
 
+// x * sigmoid(2 u) = x / 2 * (1 + tanh(u)), u = sqrt(2 / pi) * (x + 0.044715 x^3)
+void gelu(const float* gate, const float* up, int n, float* out) {
+    for (int i = 0; i < n; i += LANES) {
+        vf g = loadf(gate + i);
+        vf u = mul(g, fma(mul(g, g), setf(-2 * 0.7978845608f * 0.044715f), setf(-2 * 0.7978845608f)));
+        storef(out + i, mul(divf(g, add(setf(1), exponent(u))), loadf(up + i)));
+    }
+}
+
+void soften(float* x, int n, float cap) {  // tanh(y) = 1 - 2 / (1 + e^2y)
+    for (int i = 0; i < n; i += LANES) {
+        vf e = exponent(mul(loadf(x + i), setf(2 / cap)));
+        storef(x + i, mul(setf(cap), subf(setf(1), divf(setf(2), add(setf(1), e)))));
+    }
+}
+
 void turn(float* head, int width, const float* cosine, const float* sine, bool neighbours) {
     int half = width / 2;
     if (neighbours) {

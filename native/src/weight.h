@@ -74,6 +74,7 @@ struct Attend {
     const int* pages = nullptr;
     int width = 0;  // of a head
     bool bytes = false;  // keys and values of 8 bits
+    float cap = 0;       // scores are cap * tanh(score / cap), unless it is 0
     int from = 0, to = 0, queries = 0;
     bool cold = false;  // nobody has just read these pages: fetch them ahead
     const float* q[QUERIES];          // scaled
@@ -89,6 +90,8 @@ struct Kernels {
     void (*quantize)(const float* x, const Act& a, int row);
     void (*norm)(const float* x, const float* w, float eps, int n, float* out);
     void (*silu)(const float* gate, const float* up, int n, float* out);
+    void (*gelu)(const float* gate, const float* up, int n, float* out);  // by tanh
+    void (*soften)(float* x, int n, float cap);  // x = cap * tanh(x / cap); n a multiple of 16
     float (*peak)(const float* x, int n);  // the largest; NaN where there is one
     // out[t * stride + 0..15] (+)= rows of a panel times `count` activations from `first` on. scratch: workspace()
     void (*panel)(const Weight& w, int panel, const Act& x, int first, int count, float* scratch, float* out,

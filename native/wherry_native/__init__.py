@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-__version__ = "0.4.0"
-INTERFACE = 4
+__version__ = "0.5.0"
+INTERFACE = 5
 PARTS = (
     "embed", "head", "norm", "attention_norm", "mlp_norm", "q", "k", "v", "o", "gate", "up", "down", "q_norm", "k_norm",
+    "post_attention_norm", "post_mlp_norm",
 )  # fmt: skip
 ENDS = ("running", "stop", "length", "cancelled", "diverged", "closed")
 
@@ -25,11 +26,18 @@ class NativeError(Exception):
 
 
 class Config(c.Structure):
-    """Sizes of a model. neighbours: rotary pairs are neighbours, not halves of a head."""
+    """Sizes of a model, and what differs from Llama.
+
+    neighbours: rotary pairs are neighbours, not halves of a head. rotations: tables of frequencies. gelu: the gate's
+    activation is gelu by tanh, not silu. Caps c: scores and logits become c tanh(x / c); 0 = as they are.
+    """
 
     _fields_ = [(name, c.c_int) for name in (
-        "layers", "hidden", "inner", "heads", "kv_heads", "width", "vocab", "context", "neighbours",
-    )] + [("eps", c.c_float), ("rotary_factor", c.c_float)]  # fmt: skip
+        "layers", "hidden", "inner", "heads", "kv_heads", "width", "vocab", "context", "neighbours", "rotations",
+        "gelu",
+    )] + [(name, c.c_float) for name in (
+        "eps", "embed_scale", "query_scale", "attention_cap", "logit_cap",
+    )]  # fmt: skip
 
 
 class Sampling(c.Structure):
@@ -65,7 +73,7 @@ def _library() -> c.CDLL:
     functions: dict[str, tuple[Any, list[Any]]] = {
         "wn_error": (c.c_char_p, []), "wn_version": (i, []),
         "wn_isas": (i, []), "wn_isa_name": (c.c_char_p, [i]), "wn_isa_runs": (i, [i]),
-        "wn_model": (p, [c.POINTER(Config), floats, ints]),
+        "wn_model": (p, [c.POINTER(Config), floats, floats, ints, ints]),
         "wn_vector": (i, [p, i, i, i, p, i]),
         "wn_weight": (i, [p] + [i] * 10),
         "wn_fill": (i, [p, i, i, p, i64, p, p, i, i]),
@@ -127,15 +135,23 @@ def isa_number(name: str) -> int:
 class Engine:
     """A model that is filled and then started; closed by `close`, after which nothing may be called.
 
-    frequencies: [width / 2] of rotation. windows: [layers] positions that a token sees, 0 = all.
+    frequencies: [rotations, width / 2]; factors: [rotations] of cosine and sine. For each layer, windows: positions that
+    a token sees, 0 = all; rotation: the number of its frequencies.
     """
 
-    def __init__(self, config: Config, frequencies: np.ndarray, windows: Sequence[int]) -> None:
+    def __init__(
+        self, config: Config, frequencies: np.ndarray, factors: Sequence[float], windows: Sequence[int],
+        rotation: Sequence[int],
+    ) -> None:  # fmt: skip
         self.config = config
-        table = np.ascontiguousarray(frequencies, dtype=np.float32)
-        if table.shape != (config.width // 2,) or len(windows) != config.layers:
-            raise NativeError("frequencies or windows of another length than the model's")
-        self.handle = lib.wn_model(config, table.ctypes.data_as(c.POINTER(c.c_float)), _ints(windows))
+        tables = (config.rotations, config.width // 2)
+        given = [np.ascontiguousarray(a, dtype=np.float32) for a in (frequencies, factors)]
+        if given[0].shape != tables or given[1].shape != tables[:1]:
+            raise NativeError("frequencies or factors of another length than the model's")
+        if not len(windows) == len(rotation) == config.layers:
+            raise NativeError("windows or rotations of another length than the model's")
+        at = [a.ctypes.data_as(c.POINTER(c.c_float)) for a in given]
+        self.handle = lib.wn_model(config, *at, _ints(windows), _ints(rotation))
         if not self.handle:
             raise NativeError(_said())
 

@@ -15,7 +15,7 @@ from gguf.quants import dequantize
 
 from wherry.artifact import Artifact
 from wherry.formats.gguf.header import Header
-from wherry.formats.gguf.names import config_of, order, tensor_names
+from wherry.formats.gguf.names import config_of, norm_lift, order, tensor_names
 
 if TYPE_CHECKING:
     from wherry.checkpoint import Checkpoint
@@ -66,6 +66,8 @@ def decode(artifact: Artifact) -> Iterator[tuple[str, np.ndarray]]:
         if name is None:
             continue
         rows = order(header.arch, config, name)
+        if lift := norm_lift(header.arch, name):
+            value = value - np.float32(lift)
         yield name, value if rows is None else value[np.argsort(rows)]
 
 

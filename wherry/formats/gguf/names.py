@@ -22,19 +22,45 @@ ROTARY = "rotary_emb.inv_freq"  # a buffer that old checkpoints store; every run
 
 @dataclass(frozen=True)
 class Arch:
-    """One architecture: its name in GGUF, in transformers, and whether llama.cpp wants q and k rows permuted."""
+    """One architecture: its name in GGUF and in transformers, and what llama.cpp takes for granted of it.
+
+    permuted: the rows of q and k are in another order. lift: what GGUF's norms hold above transformers' (which compute
+    1 + w). act: key and name of the gate's activation, and
+    its other names. norms: parts of a layer that each such model has beside its
+    two norms. every: layers from one that sees all positions to the next, 0 = no windows. large: layers of the one size
+    whose queries are scaled by hidden / heads, not by the width of a head.
+    """
 
     gguf: MODEL_ARCH
     model_type: str
     classes: tuple[str, ...]
     permuted: bool = False
+    lift: float = 0.0
+    act: tuple[str, ...] = ("hidden_act", "silu", "swish")
+    norms: tuple[str, ...] = ()
+    every: int = 0
+    large: int = 0
+
+
+GELU = "gelu_pytorch_tanh"
+HEADS = ("attn_q_norm", "attn_k_norm")
+AFTER = ("post_attention_norm", "post_ffw_norm")  # of what a layer adds
 
 
 ARCHS = {
     "llama": Arch(MODEL_ARCH.LLAMA, "llama", ("LlamaForCausalLM", "MistralForCausalLM"), permuted=True),
     "qwen2": Arch(MODEL_ARCH.QWEN2, "qwen2", ("Qwen2ForCausalLM",)),
-    "qwen3": Arch(MODEL_ARCH.QWEN3, "qwen3", ("Qwen3ForCausalLM",)),
-}
+    "qwen3": Arch(MODEL_ARCH.QWEN3, "qwen3", ("Qwen3ForCausalLM",), norms=HEADS),
+    "gemma": Arch(MODEL_ARCH.GEMMA, "gemma", ("GemmaForCausalLM",), lift=1.0, act=("hidden_act", GELU, "gelu")),
+    "gemma2": Arch(
+        MODEL_ARCH.GEMMA2, "gemma2", ("Gemma2ForCausalLM",), lift=1.0, act=("hidden_activation", GELU), norms=AFTER,
+        every=2, large=46,
+    ),
+    "gemma3": Arch(
+        MODEL_ARCH.GEMMA3, "gemma3_text", ("Gemma3ForCausalLM",), lift=1.0, act=("hidden_activation", GELU),
+        norms=AFTER + HEADS, every=6, large=62,
+    ),
+}  # fmt: skip
 # config key -> metadata key below "llama."
 COUNTS = {
     "num_hidden_layers": "block_count",
@@ -47,6 +73,7 @@ COUNTS = {
 LAYER = (
     "input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
     "self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    "pre_feedforward_layernorm", "post_feedforward_layernorm",
 )  # fmt: skip
 SCALING = "wherry.rope_scaling"  # the parameters behind these divisors, which llama.cpp does not store
 # Llama 3's scalings as they were released: found again by their divisors
@@ -103,12 +130,25 @@ def order(arch: str, config: dict[str, Any], name: str) -> np.ndarray | None:
     return np.arange(count * width).reshape(count, 2, width // 2).swapaxes(1, 2).reshape(-1)
 
 
-def rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary parameters as one dict, from the new (`rope_parameters`) or the old spelling of the configuration."""
+def rope(config: dict[str, Any], layer: str = "full_attention") -> dict[str, Any]:
+    """Rotary parameters as one dict, from the new (`rope_parameters`) or the old spelling of the configuration.
+
+    layer: where layers differ (Gemma 3), of those that see all positions, or of "sliding_attention".
+    """
     found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = config.get("rope_theta", 10000.0)
+    if config.get("model_type") == "gemma3_text":
+        near = layer == "sliding_attention"
+        theta = config.get("rope_local_base_freq", 1e4) if near else config.get("rope_theta", 1e6)
+        found = dict((config.get("rope_parameters") or {}).get(layer) or ({} if near else config.get("rope_scaling") or {}))
     found.setdefault("rope_type", found.pop("type", "default"))
-    found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    found.setdefault("rope_theta", theta)
     return found
+
+
+def norm_lift(arch: str, name: str) -> float:
+    """What GGUF holds above the Hugging Face tensor of that name: 1 for norms that compute 1 + w there."""
+    return ARCHS[arch].lift if name.endswith("norm.weight") else 0.0
 
 
 def rope_divisors(parameters: dict[str, Any], width: int) -> np.ndarray:
@@ -126,8 +166,11 @@ def rope_divisors(parameters: dict[str, Any], width: int) -> np.ndarray:
 
 def metadata_of(arch: str, config: dict[str, Any], vocabulary: int) -> dict[str, int | float | str]:
     """The metadata that describes the model. Raises Unsupported for what llama.cpp would run wrongly."""
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise Unsupported(f"hidden_act={config['hidden_act']}: llama.cpp's {arch} always uses silu")
+    key, act, *others = ARCHS[arch].act
+    if config.get(key, act) not in (act, *others):
+        raise Unsupported(f"{key}={config[key]}: llama.cpp's {arch} always uses {act}")
+    if config.get("use_bidirectional_attention"):
+        raise Unsupported(f"it looks ahead (use_bidirectional_attention), which llama.cpp's {arch} does not")
     defaults = {"num_key_value_heads": config.get("num_attention_heads"), "max_position_embeddings": 2048}
     out: dict[str, int | float | str] = {}
     for key, own in COUNTS.items():
@@ -150,10 +193,50 @@ def metadata_of(arch: str, config: dict[str, Any], vocabulary: int) -> dict[str,
             out["rope.scaling.original_context_length"] = int(first)
     elif kind not in ("default", "llama3"):
         raise Unsupported(f"rotary scaling '{kind}' is not written as GGUF here; default, linear, yarn and llama3 are")
+    if ARCHS[arch].every:
+        out |= _gemma(arch, config)
     made = {f"{arch}.{key}": value for key, value in out.items()}
     if kind == "llama3":
         made[SCALING] = json.dumps({k: scaling[k] for k in LLAMA3[0]}, sort_keys=True)
     return made
+
+
+def layer_types(every: int, layers: int) -> list[str]:
+    """The last of every so many layers sees all positions, as transformers and llama.cpp have it."""
+    return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
+
+
+def query_scalar(arch: str, config: dict[str, Any]) -> float:
+    """Whose root divides the queries: llama.cpp knows it by the number of layers, and GGUF has no key for it."""
+    query, _, width = heads(config)
+    large = config["num_hidden_layers"] == ARCHS[arch].large
+    return config["hidden_size"] // query if large else width
+
+
+def _gemma(arch: str, config: dict[str, Any]) -> dict[str, int | float]:
+    """Windows and caps of Gemma 2 and 3. Raises Unsupported for what llama.cpp takes for granted and is otherwise."""
+    every, layers, window = ARCHS[arch].every, config["num_hidden_layers"], config.get("sliding_window", 4096)
+    usual = layer_types(every, layers)
+    found = config.get("layer_types") or layer_types(int(config.get("sliding_window_pattern", every)), layers)
+    wrong = {
+        f"its windows are not those of all layers but one in {every}": found != usual,
+        f"query_pre_attn_scalar is not {query_scalar(arch, config)}": config.get("query_pre_attn_scalar", 256)
+        != query_scalar(arch, config),
+        "it has no sliding window": not window,
+    }
+    if arch == "gemma2":
+        caps = {f"{part}_logit_softcapping": float(config.get(f"{part}_logit_softcapping", usual) or 0)
+                for part, usual in (("attn", 50.0), ("final", 30.0))}  # fmt: skip
+        if not all(caps.values()):
+            wrong["it does not cap its scores and logits"] = True
+    else:
+        caps = {"rope.freq_base_swa": float(rope(config, "sliding_attention")["rope_theta"])}
+        wrong["it caps its logits"] = bool(config.get("final_logit_softcapping"))
+        wrong["rotation of its windowed layers is scaled"] = rope(config, "sliding_attention")["rope_type"] != "default"
+    for reason, true in wrong.items():
+        if true:
+            raise Unsupported(f"{reason}, which GGUF's {arch} cannot say: llama.cpp would run another model.\nLeave gguf out")
+    return {"attention.sliding_window": int(window), **caps}
 
 
 def shape_of(header: Header) -> dict[str, Any]:
@@ -186,6 +269,9 @@ def shape_of(header: Header) -> dict[str, Any]:
     config["rms_norm_eps"] = shortest(_number(header, "attention.layer_norm_rms_epsilon", float))
     stated = f"{header.arch}.rope.freq_base" in header.metadata
     config["rope_theta"] = shortest(_number(header, "rope.freq_base", float)) if stated else 10000.0
+    layers, have = config["num_hidden_layers"], len(header.tensors)
+    if layers > have:
+        raise Corrupt(f"{header.path} is damaged: it claims {layers:,} layers in {have} tensors")
     if "token_embd.weight" not in header.tensors:
         raise Corrupt(f"{header.path} is damaged: it has no token_embd.weight")
     config["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
@@ -201,7 +287,8 @@ def config_of(header: Header) -> dict[str, Any]:
     """
     config, data, tensors = shape_of(header), header.metadata, header.tensors
     arch = ARCHS[header.arch]
-    config |= {"architectures": [arch.classes[0]], "model_type": arch.model_type, "hidden_act": "silu"}
+    config |= {"architectures": [arch.classes[0]], "model_type": arch.model_type, arch.act[0]: arch.act[1]}
+    config |= _windows(header, config) if arch.every else {}
     config["rope_scaling"] = _scaling(header, config["rope_theta"], config["head_dim"])
     config["tie_word_embeddings"] = "output.weight" not in tensors
     config["attention_bias"] = "blk.0.attn_q.bias" in tensors
@@ -210,6 +297,33 @@ def config_of(header: Header) -> dict[str, Any]:
         config[f"{name}_token_id"] = data.get(f"tokenizer.ggml.{own}_token_id")
     config["dtype"] = "float32"
     return config
+
+
+def _windows(header: Header, config: dict[str, Any]) -> dict[str, Any]:
+    """What only Gemma 2 and 3 have, from a file that may leave out what llama.cpp takes for granted."""
+    arch, data, layers = header.arch, header.metadata, config["num_hidden_layers"]
+
+    def stated(key: str, usual: Any, kind: type = float) -> Any:
+        found = _number(header, key, kind) if f"{arch}.{key}" in data else usual
+        return shortest(found) if kind is float and found else found
+
+    found: dict[str, Any] = {"query_pre_attn_scalar": query_scalar(arch, config)}
+    every = data.get(f"{arch}.attention.sliding_window_pattern", ARCHS[arch].every)
+    if isinstance(every, list):
+        found["layer_types"] = [("full_attention", "sliding_attention")[bool(near)] for near in every]
+    elif isinstance(every, int) and every > 0:
+        found["layer_types"] = layer_types(every, layers)
+    if len(found.get("layer_types", ())) != layers:
+        raise Corrupt(f"{header.path} is damaged: {arch}.attention.sliding_window_pattern is {every!r}")
+    if arch == "gemma2":
+        caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+        found |= {key: stated(key, usual) for key, usual in caps.items()}
+        return found | {"sliding_window": stated("attention.sliding_window", 4096, int)}
+    window = stated("attention.sliding_window", 0, int)
+    if not window:
+        raise Unsupported(f"{header.path} is a gemma3 without a sliding window; it is not read here, llama.cpp runs it")
+    near = stated("rope.freq_base_swa", 10000.0)
+    return found | {"sliding_window": window, "rope_local_base_freq": near, "final_logit_softcapping": None}
 
 
 def _number(header: Header, key: str, kind: type = int) -> Any:
@@ -247,12 +361,13 @@ def _llama3(header: Header, theta: float, width: int) -> dict[str, Any]:
 
 
 def expected(arch: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """{GGUF name: shape} of the weights that every such model has; biases and norms of heads are extra."""
+    """{GGUF name: shape} of the weights that every such model has; biases are extra."""
     query, key, width = heads(config)
     hidden, inner, rows = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     shapes: dict[str, tuple[int, ...]] = {"token_embd": (rows, hidden), "output_norm": (hidden,)}
     for i in range(config["num_hidden_layers"]):
         shapes |= {f"blk.{i}.{name}": (hidden,) for name in ("attn_norm", "ffn_norm")}
+        shapes |= {f"blk.{i}.{name}": (width if name in HEADS else hidden,) for name in ARCHS[arch].norms}
         shapes |= {f"blk.{i}.attn_q": (query * width, hidden), f"blk.{i}.attn_output": (hidden, query * width)}
         shapes |= {f"blk.{i}.{name}": (key * width, hidden) for name in ("attn_k", "attn_v")}
         shapes |= {f"blk.{i}.{name}": (inner, hidden) for name in ("ffn_gate", "ffn_up")}
@@ -262,9 +377,6 @@ def expected(arch: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def check_shapes(header: Header, config: dict[str, Any]) -> None:
     """Raises Corrupt when a weight is missing or its shape contradicts the metadata, before a runtime trips over it."""
-    layers, have = config["num_hidden_layers"], len(header.tensors)
-    if layers > have:
-        raise Corrupt(f"{header.path} is damaged: it claims {layers:,} layers in {have} tensors")
     for name, shape in expected(header.arch, config).items():
         if name not in header.tensors:
             raise Corrupt(f"{header.path} is damaged: it has no {name}, which its metadata asks for")

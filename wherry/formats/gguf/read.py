@@ -14,7 +14,7 @@ from wherry.checkpoint import Checkpoint, natural
 from wherry.errors import Unsupported
 from wherry.formats.gguf import adapter
 from wherry.formats.gguf.header import Header
-from wherry.formats.gguf.names import ROPE_FREQS, order, tensor_names
+from wherry.formats.gguf.names import ROPE_FREQS, norm_lift, order, tensor_names
 from wherry.formats.gguf.unpack import unpack
 from wherry.task import Task
 
@@ -76,6 +76,8 @@ class GgufSource:
             value = torch.from_numpy(dequantize(blocks, GGMLQuantizationType[tensor.kind]))
         if tensor.name in self.extra:
             value = (value.double() + torch.from_numpy(self.extra[tensor.name])).float()
+        if lift := norm_lift(self.header.arch, name):
+            value = value.float() - lift
         rows = order(self.header.arch, self.config, name)
         return value if rows is None else value[torch.from_numpy(np.argsort(rows))]
 

@@ -17,11 +17,13 @@ from wherry.errors import Exhausted, Unsupported
 from wherry.formats.gguf import adapter
 from wherry.formats.gguf.blocks import BLOCK, BYTES, WIDE, kind_of, note_of, pack
 from wherry.formats.gguf.names import (
+    ARCHS,
     ROPE_FREQS,
     ROTARY,
     arch_of,
     heads,
     metadata_of,
+    norm_lift,
     order,
     rope,
     rope_divisors,
@@ -73,7 +75,7 @@ def check(plan: Plan) -> dict[str, str]:
         if note := note_of(scheme, kind):
             notes[row.name] = note
     window = config.get("sliding_window")
-    if window and config.get("use_sliding_window", True) and window < config.get("max_position_embeddings", 0):
+    if window and not ARCHS[arch].every and config.get("use_sliding_window", True) and window < config.get("max_position_embeddings", 0):
         made.notes.append(f"llama.cpp's {arch} has no sliding window: equal to the original up to {window} tokens")
     kept = cargo.cache(config)
     if kept in CACHES:
@@ -207,6 +209,8 @@ def _data(checkpoint: Checkpoint, arch: str, name: str, kind: str) -> np.ndarray
         return blocks
     if rows is not None:
         tensor = tensor[torch.from_numpy(rows)]
+    if lift := norm_lift(arch, name):
+        tensor = tensor.float() + lift
     if kind == "BF16":
         return tensor.contiguous().view(torch.uint8).numpy()
     return tensor.to(torch.float32 if kind == "F32" else torch.float16).contiguous().numpy()

@@ -19,7 +19,7 @@ from wherry.errors import BadInput, Diverged, Exhausted, Unsupported
 from wherry.runtimes.native.shape import Shape
 from wherry.session import NoPredict, Sampling, Score, Session, scored
 
-INTERFACE = 4  # of the wheel that this file speaks to
+INTERFACE = 5  # of the wheel that this file speaks to
 if wherry_native.INTERFACE != INTERFACE:
     raise ModuleNotFoundError("the native wheel is of another version than wherry", name="wherry_native")
 
@@ -94,7 +94,7 @@ def load(
             f"Free memory, or take a smaller context."
         )
     try:
-        engine = wherry_native.Engine(shape.config(context), shape.frequencies, shape.windows)
+        engine = wherry_native.Engine(shape.config(context), shape.frequencies, shape.factors, shape.windows, shape.rotation)
         try:
             source.fill(engine)
             pages = -(-tokens // PAGE)

@@ -8,14 +8,27 @@ import numpy as np
 import wherry_native
 
 from wherry.errors import Corrupt, Unsupported
-from wherry.formats.gguf.names import heads, rope, rope_divisors
+from wherry.formats.gguf.names import ARCHS, GELU, Arch, heads, layer_types, rope, rope_divisors
 
-KINDS = ("llama", "mistral", "qwen2", "qwen3")  # model_type in transformers
+KINDS = {"llama": ARCHS["llama"], "mistral": ARCHS["llama"]} | {arch.model_type: arch for arch in ARCHS.values()}
+# what transformers takes for granted where a configuration is silent
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma": {"head_dim": 256},
+    "gemma2": {
+        "head_dim": 256, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+        "sliding_window": 4096,
+    },
+    "gemma3_text": {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes as the engine counts them. frequencies: [width / 2] float32; windows: [layers], 0 = all positions."""
+    """Sizes as the engine counts them, and what differs from Llama.
+
+    frequencies: [rotations, width / 2] float32; factors: [rotations] of cosine and sine; rotation: the number of its
+    own for each layer; windows: [layers], 0 = all positions. Caps: 0 = none.
+    """
 
     layers: int
     hidden: int
@@ -28,8 +41,14 @@ class Shape:
     eps: float
     neighbours: bool
     frequencies: np.ndarray
-    rotary_factor: float
+    factors: tuple[float, ...]
+    rotation: tuple[int, ...]
     windows: tuple[int, ...]
+    arch: Arch
+    embed_scale: float = 1.0
+    query_scale: float = 0.0
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
 
     def token_bytes(self, bits: int) -> int:
         """Of keys and values of one token, in bf16 or in 8 bits with float scales."""
@@ -39,7 +58,8 @@ class Shape:
         """The engine's structure."""
         return wherry_native.Config(
             self.layers, self.hidden, self.inner, self.heads, self.kv_heads, self.width, self.vocab, context,
-            self.neighbours, self.eps, self.rotary_factor,
+            self.neighbours, len(self.factors), self.arch.act[1] == GELU, self.eps, self.embed_scale, self.query_scale,
+            self.attention_cap, self.logit_cap,
         )  # fmt: skip
 
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -61,8 +81,15 @@ def shape_of(config: dict[str, Any], neighbours: bool, what: str) -> Shape:
     kind = config.get("model_type")
     if kind not in KINDS:
         raise Unsupported(f"{what} is a '{kind}'; the native runtime runs {', '.join(KINDS)}")
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise Unsupported(f"{what}: the native runtime has no activation '{config['hidden_act']}'; silu alone")
+    arch = KINDS[kind]
+    key, act, *others = arch.act
+    if config.get(key, act) not in (act, *others):
+        raise Unsupported(f"{what}: the native runtime has no activation '{config[key]}' for a '{kind}'; {act} alone")
+    if config.get("use_bidirectional_attention"):
+        raise Unsupported(f"{what} looks ahead (use_bidirectional_attention); the native runtime does not, torch does")
+    config = DEFAULTS.get(kind, {}) | config
+    if arch.every and not config["sliding_window"]:
+        raise Unsupported(f"{what} is a '{kind}' without a sliding window, which is not run here; torch runs it")
     query, key, width = heads(config)
     counts = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
     numbers: list[Any] = [config.get(name) for name in counts]
@@ -71,33 +98,43 @@ def shape_of(config: dict[str, Any], neighbours: bool, what: str) -> Shape:
     if width > 1024:
         raise Unsupported(f"{what}: heads of {width} are wider than the native runtime's 1024")
     layers, hidden, inner, vocab = numbers
-    frequencies, factor = rotation(config, width, what)
+    tables = [rotation(rope(config), config, width, what)]
+    if kind == "gemma3_text":
+        tables.append(rotation(rope(config, "sliding_attention"), config, width, what))
     context = int(config.get("max_position_embeddings") or 2048)
     eps = float(config.get("rms_norm_eps", 1e-6))
+    seen = windows(config, layers)
+    numbers = [config.get(name) for name in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")]
+    if any(n is not None and not 0 < n < math.inf for n in numbers):
+        raise Corrupt(f"{what} has a scalar of queries or caps that no model has: {numbers}")
+    scalar, *caps = (float(n or 0) for n in numbers)
     return Shape(
-        layers, hidden, inner, query, key, width, vocab, context, eps, neighbours, frequencies, factor,
-        windows(config, layers),
+        layers, hidden, inner, query, key, width, vocab, context, eps, neighbours,
+        np.stack([table for table, _ in tables]), tuple(factor for _, factor in tables),
+        tuple(int(len(tables) > 1 and window > 0) for window in seen), seen, arch,
+        hidden**0.5 if arch.lift else 1.0, (scalar or width) ** -0.5, 0.0 if kind == "gemma3_text" else caps[0], caps[1],
     )  # fmt: skip
 
 
 def windows(config: dict[str, Any], layers: int) -> tuple[int, ...]:
     """Positions that a token of each layer sees, itself included; 0 = all."""
     window, kind = config.get("sliding_window") or 0, config.get("model_type")
-    if kind == "llama" or (kind in ("qwen2", "qwen3") and not config.get("use_sliding_window")):
+    if kind in ("llama", "gemma") or (kind in ("qwen2", "qwen3") and not config.get("use_sliding_window")):
         window = 0
     kinds = config.get("layer_types")
+    if kinds is None and KINDS[kind].every:
+        kinds = layer_types(int(config.get("sliding_window_pattern") or KINDS[kind].every), layers)
     if kinds is None:
         first = config.get("max_window_layers", 28) if kind in ("qwen2", "qwen3") else 0
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
     return tuple(window if kinds[i] == "sliding_attention" else 0 for i in range(layers))
 
 
-def rotation(config: dict[str, Any], width: int, what: str) -> tuple[np.ndarray, float]:
-    """(frequencies [width / 2], the factor of cosine and sine).
+def rotation(told: dict[str, Any], config: dict[str, Any], width: int, what: str) -> tuple[np.ndarray, float]:
+    """(frequencies [width / 2], the factor of cosine and sine). told: the rotary parameters.
 
     Source: transformers, modeling_rope_utils; YaRN: arXiv:2309.00071.
     """
-    told = rope(config)
     kind, theta = told["rope_type"], float(told["rope_theta"])
     if float(told.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1:
         raise Unsupported(f"{what} turns only a part of its heads, which the native runtime does not")

@@ -28,6 +28,12 @@ LAYER = {
     "down": ("ffn_down", "mlp.down_proj"), "q_norm": ("attn_q_norm", "self_attn.q_norm"),
     "k_norm": ("attn_k_norm", "self_attn.k_norm"),
 }  # fmt: skip
+# the same in layers with norms of what they add: there post_attention_layernorm is one of these
+AFTER = LAYER | {
+    "mlp_norm": ("ffn_norm", "pre_feedforward_layernorm"),
+    "post_attention_norm": ("post_attention_norm", "post_attention_layernorm"),
+    "post_mlp_norm": ("post_ffw_norm", "post_feedforward_layernorm"),
+}
 WHOLE = {
     "embed": ("token_embd", "model.embed_tokens"), "norm": ("output_norm", "model.norm"), "head": ("output", "lm_head"),
 }  # fmt: skip
@@ -50,12 +56,17 @@ def source(artifact: Artifact) -> Weights:
     return Gguf(artifact) if artifact.format == "gguf" else Folder(artifact)
 
 
-def parts(layers: int, side: int) -> Iterator[tuple[str, str, int]]:
+def layer_parts(shape: Shape) -> dict[str, tuple[str, str]]:
+    """Parts of a layer, as in LAYER."""
+    return AFTER if "post_ffw_norm" in shape.arch.norms else LAYER
+
+
+def parts(shape: Shape, side: int) -> Iterator[tuple[str, str, int]]:
     """(name on disk without .weight or .bias, part of the engine, layer or -1); side 0: GGUF, 1: transformers."""
     for part, names in WHOLE.items():
         yield names[side], part, -1
-    for i in range(layers):
-        for part, names in LAYER.items():
+    for i in range(shape.layers):
+        for part, names in layer_parts(shape).items():
             yield f"{('blk', 'model.layers')[side]}.{i}.{names[side]}", part, i
 
 
@@ -72,12 +83,12 @@ class Gguf:
         config = config_of(self.header)
         check_shapes(self.header, config)
         window = self.header.metadata.get(f"{self.header.arch}.attention.sliding_window")
-        if isinstance(window, int) and window > 0:
+        if isinstance(window, int) and window > 0 and "layer_types" not in config:
             raise Unsupported(f"{artifact.main} asks for a sliding window, which GGUF does not say the layers of")
         self.shape = shape_of(config, self.header.arch == "llama", str(artifact.main))
         self.bytes = sum(t.bytes for t in self.header.tensors.values())
         self.places: dict[str, tuple[str, int, bool]] = {}
-        for name, part, layer in parts(self.shape.layers, 0):
+        for name, part, layer in parts(self.shape, 0):
             for bias in (False, True):
                 self.places[f"{name}.{'bias' if bias else 'weight'}"] = (part, layer, bias)
         for tensor in self.header.tensors.values():
@@ -143,11 +154,16 @@ class Folder:
                 reason = "has codes of 7 bits"
             if reason:
                 raise Unsupported(f"{name}: {scheme} {reason}; the native runtime reads integer weights (W4A16, Q4_K)")
+        have = set(self.checkpoint.names())
+        for other, own in layer_parts(self.shape).values():
+            for i in range(self.shape.layers if other in self.shape.arch.norms else 0):
+                if f"model.layers.{i}.{own}.weight" not in have:
+                    raise Corrupt(f"{artifact.path} has no model.layers.{i}.{own}.weight, which its architecture asks for")
 
     def fill(self, engine: Any) -> None:
         """Tensor by tensor."""
         names = set(self.checkpoint.names())
-        for own, part, layer in parts(self.shape.layers, 1):
+        for own, part, layer in parts(self.shape, 1):
             if part == "head" and self.checkpoint.tied:
                 continue
             for bias in (False, True):
@@ -156,7 +172,8 @@ class Folder:
                     continue
                 names.discard(name)
                 if bias or part.endswith("norm"):
-                    engine.vector(part, layer, self.checkpoint.weight(name).numpy(), bias)
+                    lift = 0 if bias else self.shape.arch.lift
+                    engine.vector(part, layer, self.checkpoint.weight(name).numpy() + np.float32(lift), bias)
                 else:
                     matrix(engine, part, layer, self.checkpoint.tensor(name))
         left = [name for name in sorted(names) if not name.endswith(IGNORED) and name != "lm_head.weight"]

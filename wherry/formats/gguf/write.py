@@ -1,9 +1,11 @@
 """Write a Checkpoint as one .gguf file, tensor by tensor."""
 
+import hashlib
 import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -165,7 +167,20 @@ def save(checkpoint: Checkpoint, out: Path, progress: Progress) -> Artifact:
         temporary.unlink(missing_ok=True)
     progress(len(stored), len(stored), file.name)
     more = {"adapter": thin} if thin else {}
-    return Artifact.seal(out, **cargo.facts(checkpoint, "gguf", file.name) | more)
+    facts = cargo.facts(checkpoint, "gguf", file.name)
+    return Artifact.seal(out, **facts | more | {"plan": [_promised(checkpoint, arch, row) for row in facts["plan"]]})
+
+
+def _promised(checkpoint: Checkpoint, arch: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the plan as this file keeps it: of a norm w it holds 1 + w in float32, which may round w itself.
+
+    The model is the same to the bit: transformers computes 1 + w in float32, too.
+    """
+    lift = norm_lift(arch, row["name"])
+    if not lift or not row.get("digest"):
+        return row
+    kept = checkpoint.weight(row["name"]) + lift - lift
+    return row | {"digest": hashlib.sha256(kept.contiguous().numpy().tobytes()).hexdigest()[:16]}
 
 
 def _names(checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:

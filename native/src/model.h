@@ -1,4 +1,4 @@
-// A decoder of the Llama family as data: sizes, weights, and what differs from layer to layer.
+// A decoder of the Llama family or Gemma as data: sizes, weights, and what differs from layer to layer.
 #pragma once
 #include <atomic>
 #include <deque>

@@ -19,19 +19,6 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
-GEMMA2 = {
-    "initializer_range": 0.05,
-    "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 33, "attn_logit_softcapping": 2.0,
-    "final_logit_softcapping": 5.0, "num_hidden_layers": 3,
-}  # fmt: skip
-GEMMA3 = {
-    "initializer_range": 0.05,
-    "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 33, "num_hidden_layers": 7,
-    "rope_parameters": {
-        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000000.0},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-    },
-}  # fmt: skip
 FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral-window": ("Mistral", {"sliding_window": 40}),
@@ -53,15 +40,32 @@ FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3-rope": ("Llama", {"rope_parameters": LLAMA3}),
     "linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
     "yarn-rope": ("Llama", {"rope_parameters": YARN}),
+}  # fmt: skip
+# windows and caps that these texts reach, and weights that make the softmax sharp
+GEMMA2 = {
+    "initializer_range": 0.05, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 33,
+    "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "num_hidden_layers": 3,
+}  # fmt: skip
+GEMMA3 = {
+    "initializer_range": 0.05, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 33,
+    "num_hidden_layers": 7,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}  # fmt: skip
+GEMMA: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("Gemma", {"head_dim": 32, "initializer_range": 0.05}),
     "gemma2": ("Gemma2", GEMMA2),
     "gemma2-odd": ("Gemma2", GEMMA2 | {
-        "layer_types": ["full_attention", "sliding_attention"], "query_pre_attn_scalar": 10, "attn_logit_softcapping": None,
-        "num_key_value_heads": 1, "hidden_size": 72, "head_dim": 18, "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "sliding_attention"], "query_pre_attn_scalar": 10,
+        "attn_logit_softcapping": None, "num_key_value_heads": 1, "hidden_size": 72, "head_dim": 18,
+        "num_hidden_layers": 2,
     }),
     "gemma3": ("Gemma3", GEMMA3),
     "gemma3-odd": ("Gemma3", GEMMA3 | {
-        "num_hidden_layers": 3, "sliding_window_pattern": 2, "query_pre_attn_scalar": 50, "final_logit_softcapping": 3.0,
+        "num_hidden_layers": 3, "sliding_window_pattern": 2, "query_pre_attn_scalar": 50,
+        "final_logit_softcapping": 3.0,
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
             "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0},
@@ -72,7 +76,7 @@ FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
 
 def write_family(folder: Path, kind: str) -> Path:
     """A tiny model of another architecture of the family."""
-    name, extra = FAMILY[kind]
+    name, extra = (FAMILY | GEMMA)[kind]
     common = {
         "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True,
@@ -85,7 +89,7 @@ def write_family(folder: Path, kind: str) -> Path:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
                 parameter.mul_(4)
-            elif "bias" in name or "norm" in name and ("_norm" in name or kind.startswith("gemma")):
+            elif "bias" in name or "_norm" in name or "norm" in name and kind in GEMMA:
                 parameter.add_(torch.randn_like(parameter) / 2)
     model.save_pretrained(folder)
     write_tokenizer(folder)

@@ -48,8 +48,11 @@ def test_float_logits_are_those_of_transformers(artifact: Artifact, session: Ses
 
 @pytest.mark.parametrize(
     "kind",
-    ["mistral", "qwen2", "qwen3", "llama-head-32", "llama-biases-attention", "llama3-rope", "linear-rope", "yarn-rope"],
-)
+    [
+        "mistral", "qwen2", "qwen3", "llama-head-32", "llama-biases-attention", "llama3-rope", "linear-rope",
+        "yarn-rope", "gemma", "gemma2", "gemma3",
+    ],
+)  # fmt: skip
 def test_the_family(kind: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(write_family(tmp_path / kind, kind))
     made = llamacpp.load(save(checkpoint, tmp_path / "out"), threads=1)

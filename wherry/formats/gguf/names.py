@@ -61,6 +61,7 @@ ARCHS = {
         norms=AFTER + HEADS, every=6, large=62,
     ),
 }  # fmt: skip
+CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # of a gemma2 that does not say them
 # config key -> metadata key below "llama."
 COUNTS = {
     "num_hidden_layers": "block_count",
@@ -140,7 +141,8 @@ def rope(config: dict[str, Any], layer: str = "full_attention") -> dict[str, Any
     if config.get("model_type") == "gemma3_text":
         near = layer == "sliding_attention"
         theta = config.get("rope_local_base_freq", 1e4) if near else config.get("rope_theta", 1e6)
-        found = dict((config.get("rope_parameters") or {}).get(layer) or ({} if near else config.get("rope_scaling") or {}))
+        old = {} if near else config.get("rope_scaling") or {}
+        found = dict((config.get("rope_parameters") or {}).get(layer) or old)
     found.setdefault("rope_type", found.pop("type", "default"))
     found.setdefault("rope_theta", theta)
     return found
@@ -185,14 +187,15 @@ def metadata_of(arch: str, config: dict[str, Any], vocabulary: int) -> dict[str,
     out["attention.layer_norm_rms_epsilon"] = float(config.get("rms_norm_eps", 1e-6))
     scaling = rope(config)
     kind = scaling["rope_type"]
+    known = ("default", "linear") if ARCHS[arch].lift else ("default", "linear", "yarn", "llama3")
+    if kind not in known:
+        raise Unsupported(f"rotary scaling '{kind}' is not written as GGUF's {arch} here; {', '.join(known)} are")
     out["rope.freq_base"] = float(scaling["rope_theta"])
     if kind in ("linear", "yarn"):
         out |= {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling["factor"])}
         if kind == "yarn":
             first = scaling.get("original_max_position_embeddings") or config["max_position_embeddings"]
             out["rope.scaling.original_context_length"] = int(first)
-    elif kind not in ("default", "llama3"):
-        raise Unsupported(f"rotary scaling '{kind}' is not written as GGUF here; default, linear, yarn and llama3 are")
     if ARCHS[arch].every:
         out |= _gemma(arch, config)
     made = {f"{arch}.{key}": value for key, value in out.items()}
@@ -209,8 +212,7 @@ def layer_types(every: int, layers: int) -> list[str]:
 def query_scalar(arch: str, config: dict[str, Any]) -> float:
     """Whose root divides the queries: llama.cpp knows it by the number of layers, and GGUF has no key for it."""
     query, _, width = heads(config)
-    large = config["num_hidden_layers"] == ARCHS[arch].large
-    return config["hidden_size"] // query if large else width
+    return config["hidden_size"] // query if config["num_hidden_layers"] == ARCHS[arch].large else width
 
 
 def _gemma(arch: str, config: dict[str, Any]) -> dict[str, int | float]:
@@ -218,24 +220,23 @@ def _gemma(arch: str, config: dict[str, Any]) -> dict[str, int | float]:
     every, layers, window = ARCHS[arch].every, config["num_hidden_layers"], config.get("sliding_window", 4096)
     usual = layer_types(every, layers)
     found = config.get("layer_types") or layer_types(int(config.get("sliding_window_pattern", every)), layers)
+    scalar = query_scalar(arch, config)
     wrong = {
         f"its windows are not those of all layers but one in {every}": found != usual,
-        f"query_pre_attn_scalar is not {query_scalar(arch, config)}": config.get("query_pre_attn_scalar", 256)
-        != query_scalar(arch, config),
+        f"its query_pre_attn_scalar is not {scalar}": config.get("query_pre_attn_scalar", 256) != scalar,
         "it has no sliding window": not window,
     }
     if arch == "gemma2":
-        caps = {f"{part}_logit_softcapping": float(config.get(f"{part}_logit_softcapping", usual) or 0)
-                for part, usual in (("attn", 50.0), ("final", 30.0))}  # fmt: skip
-        if not all(caps.values()):
-            wrong["it does not cap its scores and logits"] = True
+        caps = {key: float(config.get(key, usual) or 0) for key, usual in CAPS.items()}
+        wrong["it does not cap its scores and logits"] = not all(caps.values())
     else:
-        caps = {"rope.freq_base_swa": float(rope(config, "sliding_attention")["rope_theta"])}
+        near = rope(config, "sliding_attention")
+        caps = {"rope.freq_base_swa": float(near["rope_theta"])}
         wrong["it caps its logits"] = bool(config.get("final_logit_softcapping"))
-        wrong["rotation of its windowed layers is scaled"] = rope(config, "sliding_attention")["rope_type"] != "default"
+        wrong["the rotation of its windowed layers is scaled"] = near["rope_type"] != "default"
     for reason, true in wrong.items():
         if true:
-            raise Unsupported(f"{reason}, which GGUF's {arch} cannot say: llama.cpp would run another model.\nLeave gguf out")
+            raise Unsupported(f"{reason}, which GGUF's {arch} cannot say: it would run wrongly.\nLeave gguf out")
     return {"attention.sliding_window": int(window), **caps}
 
 
@@ -316,8 +317,7 @@ def _windows(header: Header, config: dict[str, Any]) -> dict[str, Any]:
     if len(found.get("layer_types", ())) != layers:
         raise Corrupt(f"{header.path} is damaged: {arch}.attention.sliding_window_pattern is {every!r}")
     if arch == "gemma2":
-        caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-        found |= {key: stated(key, usual) for key, usual in caps.items()}
+        found |= {key: stated(key, usual) for key, usual in CAPS.items()}
         return found | {"sliding_window": stated("attention.sliding_window", 4096, int)}
     window = stated("attention.sliding_window", 0, int)
     if not window:

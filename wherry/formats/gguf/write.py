@@ -76,8 +76,8 @@ def check(plan: Plan) -> dict[str, str]:
             )
         if note := note_of(scheme, kind):
             notes[row.name] = note
-    window = config.get("sliding_window")
-    if window and not ARCHS[arch].every and config.get("use_sliding_window", True) and window < config.get("max_position_embeddings", 0):
+    window = 0 if ARCHS[arch].every else config.get("sliding_window")
+    if window and config.get("use_sliding_window", True) and window < config.get("max_position_embeddings", 0):
         made.notes.append(f"llama.cpp's {arch} has no sliding window: equal to the original up to {window} tokens")
     kept = cargo.cache(config)
     if kept in CACHES:

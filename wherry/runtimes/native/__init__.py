@@ -1,4 +1,4 @@
-"""wherry's own engine: GGUF files and our checkpoints of the Llama family on x86 CPUs, by the `wherry-native` wheel.
+"""wherry's own engine: GGUF files and our checkpoints of Llama-like models and Gemma on x86 CPUs, by `wherry-native`.
 
 Full logits (grade A). Requests of several threads are computed together: each step has one token of every answer and
 a part of new prompts. A conversation that begins as an earlier one did finds its keys and values again.
@@ -94,7 +94,8 @@ def load(
             f"Free memory, or take a smaller context."
         )
     try:
-        engine = wherry_native.Engine(shape.config(context), shape.frequencies, shape.factors, shape.windows, shape.rotation)
+        tables = (shape.frequencies, shape.factors, shape.windows, shape.rotation)
+        engine = wherry_native.Engine(shape.config(context), *tables)
         try:
             source.fill(engine)
             pages = -(-tokens // PAGE)

@@ -8,18 +8,15 @@ import numpy as np
 import wherry_native
 
 from wherry.errors import Corrupt, Unsupported
-from wherry.formats.gguf.names import ARCHS, GELU, Arch, heads, layer_types, rope, rope_divisors
+from wherry.formats.gguf.names import ARCHS, CAPS, GELU, Arch, heads, layer_types, rope, rope_divisors
 
 KINDS = {"llama": ARCHS["llama"], "mistral": ARCHS["llama"]} | {arch.model_type: arch for arch in ARCHS.values()}
 # what transformers takes for granted where a configuration is silent
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 256},
-    "gemma2": {
-        "head_dim": 256, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
-        "sliding_window": 4096,
-    },
+    "gemma2": {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, **CAPS},
     "gemma3_text": {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096},
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -80,11 +77,11 @@ def shape_of(config: dict[str, Any], neighbours: bool, what: str) -> Shape:
     """
     kind = config.get("model_type")
     if kind not in KINDS:
-        raise Unsupported(f"{what} is a '{kind}'; the native runtime runs {', '.join(KINDS)}")
+        raise Unsupported(f"{what} is a '{kind}'; the native runtime runs {', '.join(KINDS)}; torch runs others")
     arch = KINDS[kind]
-    key, act, *others = arch.act
-    if config.get(key, act) not in (act, *others):
-        raise Unsupported(f"{what}: the native runtime has no activation '{config[key]}' for a '{kind}'; {act} alone")
+    name, act, *others = arch.act
+    if config.get(name, act) not in (act, *others):
+        raise Unsupported(f"{what}: the native runtime has no activation '{config[name]}' for a '{kind}'; {act} alone")
     if config.get("use_bidirectional_attention"):
         raise Unsupported(f"{what} looks ahead (use_bidirectional_attention); the native runtime does not, torch does")
     config = DEFAULTS.get(kind, {}) | config
@@ -104,21 +101,28 @@ def shape_of(config: dict[str, Any], neighbours: bool, what: str) -> Shape:
     context = int(config.get("max_position_embeddings") or 2048)
     eps = float(config.get("rms_norm_eps", 1e-6))
     seen = windows(config, layers)
-    numbers = [config.get(name) for name in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")]
-    if any(n is not None and not 0 < n < math.inf for n in numbers):
-        raise Corrupt(f"{what} has a scalar of queries or caps that no model has: {numbers}")
-    scalar, *caps = (float(n or 0) for n in numbers)
+    scalar, near, last = _positive(config, what)
     return Shape(
         layers, hidden, inner, query, key, width, vocab, context, eps, neighbours,
         np.stack([table for table, _ in tables]), tuple(factor for _, factor in tables),
         tuple(int(len(tables) > 1 and window > 0) for window in seen), seen, arch,
-        hidden**0.5 if arch.lift else 1.0, (scalar or width) ** -0.5, 0.0 if kind == "gemma3_text" else caps[0], caps[1],
+        hidden**0.5 if arch.lift else 1.0, (scalar or width) ** -0.5, near, last,
     )  # fmt: skip
+
+
+def _positive(config: dict[str, Any], what: str) -> list[float]:
+    """What Gemma's queries are divided by the root of, the caps of its scores and of its logits; 0 = there is none."""
+    names = ["query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"]
+    used = {"gemma2": names, "gemma3_text": [names[0], names[2]]}.get(config["model_type"], [])
+    found = [config.get(name) if name in used else None for name in names]
+    if any(n is not None and not (isinstance(n, int | float) and 0 < n < math.inf) for n in found):
+        raise Corrupt(f"{what} has a scalar of queries or caps that no model has: {found}")
+    return [float(n or 0) for n in found]
 
 
 def windows(config: dict[str, Any], layers: int) -> tuple[int, ...]:
     """Positions that a token of each layer sees, itself included; 0 = all."""
-    window, kind = config.get("sliding_window") or 0, config.get("model_type")
+    window, kind = config.get("sliding_window") or 0, config["model_type"]
     if kind in ("llama", "gemma") or (kind in ("qwen2", "qwen3") and not config.get("use_sliding_window")):
         window = 0
     kinds = config.get("layer_types")

@@ -154,11 +154,11 @@ class Folder:
                 reason = "has codes of 7 bits"
             if reason:
                 raise Unsupported(f"{name}: {scheme} {reason}; the native runtime reads integer weights (W4A16, Q4_K)")
-        have = set(self.checkpoint.names())
-        for other, own in layer_parts(self.shape).values():
-            for i in range(self.shape.layers if other in self.shape.arch.norms else 0):
-                if f"model.layers.{i}.{own}.weight" not in have:
-                    raise Corrupt(f"{artifact.path} has no model.layers.{i}.{own}.weight, which its architecture asks for")
+        have, norms = set(self.checkpoint.names()), self.shape.arch.norms
+        for own in (own for other, own in layer_parts(self.shape).values() if other in norms):
+            for name in (f"model.layers.{i}.{own}.weight" for i in range(self.shape.layers)):
+                if name not in have:
+                    raise Corrupt(f"{artifact.path} has no {name}, which its architecture asks for")
 
     def fill(self, engine: Any) -> None:
         """Tensor by tensor."""

@@ -235,7 +235,7 @@ def test_scores_do_not_depend_on_the_company(session: Any) -> None:
 
 @pytest.mark.parametrize("threads", [1, 3, 12])
 def test_threads_change_nothing(rounded: Artifact, session: Any, threads: int) -> None:
-    """Also many more than there are cores or rows of weights: each is off its core somewhere, and others do its share."""
+    """Also many more than there are cores or rows of weights: each is off its core somewhere, others do its share."""
     made = native.load(rounded, threads=threads)
     assert np.array_equal(made.score(TOKENS).logits, session.score(TOKENS).logits)
     for prompt in (TOKENS[:1], TOKENS[:40], TOKENS):

@@ -23,7 +23,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -60,6 +60,7 @@ class Pass:
     activation_observer: Literal["auto", "mse", "minmax", "percentile", "entropy"] = "auto"
     bias_correction: bool = False
     attention: bool = False
+    one_step: ClassVar[bool] = False  # whether `solve` fits one scale per group, so that planes are beyond it
 
     def solve(self, w: torch.Tensor, stat: Any = None, notes: list[str] | None = None) -> QTensor:
         """Codes for the weight w [..., n, k]; stat is what `observe` gathered, or None; remarks go into `notes`."""

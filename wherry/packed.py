@@ -60,6 +60,10 @@ def check(layout: Layout, plan: Plan) -> dict[str, str]:
     """Notes per tensor. Raises Unsupported for what the files cannot hold."""
     layers = {row.name: row.scheme for row in plan.rows if row.role == "linear"}
     uniform(layout, plan.checkpoint, layers)
+    trials = [row.scheme for trial in plan.trials() for row in trial.rows if row.role == "linear" and row.scheme]
+    if len(chosen := sorted(set(map(str, trials)))) > 1:  # it would be found only when all work is done
+        choice = f"the recipe chooses among {', '.join(chosen)}"
+        raise Unsupported(f"{layout.name} has one scheme for all layers, {choice}: leave {layout.name} out")
     for row in plan.taken():
         if row.step >= 0 and not plan.recipe.steps[row.step].portable:
             raise Unsupported(f"{layout.name} holds scales as float16: leave portable=false out of the recipe")

@@ -75,9 +75,10 @@ def row_of(
             raise misfit(scheme, shape[-1], checkpoint, step, name) from error
         gaits = ("fit", "tune")
         learns = [o.method for o in steps if any(hasattr(o, gait) for gait in gaits) and o.wants(name)]
+        learns += [step.method] if step.one_step else []
         if role == "linear" and scheme.planes > 1 and learns:
             way = f"take W{scheme.bits * scheme.planes}A16, or leave {learns[0]} out"
-            raise Unsupported(f"{scheme}: sums of planes have no one step to learn; {way}")
+            raise Unsupported(f"{scheme}: sums of planes have no one step to fit; {way}")
         scale_bytes = 4 if scheme.bits > 4 or not step.portable else 2
         after = scheme.bytes(shape, scale_bytes)
         notes: tuple[str, ...] = ()

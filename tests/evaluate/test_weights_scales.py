@@ -68,3 +68,16 @@ def test_the_slope_of_a_k_quant_is_that_of_its_own_grid(name: str, kind: str) ->
     assert "scaled: slope" in compare(w, 1.02 * v, scheme).problem
     if name == "Q4_K":
         assert "scaled down" in compare(w, 0.98 * v, scheme).problem
+
+
+@pytest.mark.parametrize("text", ["W1.58A16,group_size=32", "W1.58A16,group_size=128"])
+@pytest.mark.parametrize("shrink", [1.0, 0.75, 0.55])
+def test_a_smaller_range_of_few_codes_may_raise_the_slope(text: str, shrink: float) -> None:
+    """Normal weights of deviation 1, step t, codes -1 to 1: the slope is 2 t phi(t / 2), most at t = 2."""
+    scheme, w = Scheme.parse(text), np.random.default_rng(0).standard_normal((256, 512)).astype(np.float32)
+    v, step = rounded(w, scheme, scheme.group_size or 0, shrink)
+    assert compare(w, v, scheme).problem == ""
+    assert "scaled" in compare(w, 1.2 * v, scheme).problem
+    if scheme.group_size == 128:  # a small group's step hangs on the weights that it rounds
+        expected = float((2 * step * np.exp(-(step**2) / 8) / np.sqrt(2 * np.pi)).mean())
+        assert float((w * v).sum() / (w * w).sum()) == pytest.approx(expected, abs=0.03)

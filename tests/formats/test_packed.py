@@ -126,6 +126,7 @@ def test_codes_of_every_value_survive():
         ("gptq", "rtn:scheme=W4A16,group_size=32,portable=false", "float16"),
         ("gptq", "rtn:scheme=W4A16,group_size=32,ignore=down_proj", "awq and gguf can mix"),
         ("awq", "rtn:scheme=W4A16,group_size=32,targets=q_proj | rtn:scheme=W4A16,group_size=64", "one scheme"),
+        ("awq", "mixed:schemes=W4A16;W4A16_ASYM,bits=5 | rtn:scheme=W4A16,group_size=32", "chooses among"),
     ],
 )
 def test_what_they_cannot_hold_is_refused_before_work(original, name, recipe, said):

@@ -4,7 +4,9 @@ Idea:   for an integer grid with step D the error of a group is near D^2 / 12 pe
         that see data (GPTQ) trade more weight error for less output error. So the error e must be below a multiple of
         that. A tensor swapped with another of its shape has e near 1.4. A scaled one hides in the error and shows in
             slope   <w, v> / <w, w>    near that of plain rounding where codes are rounded, near 1 - e^2 where scales
-                                       were fitted by least squares; never above rounding's by more than chance
+                                       were fitted by least squares; never above rounding's by more than chance (of
+                                       three or four codes: in any range; a step t of normal weights of deviation 1
+                                       rounded to -t, 0, t gives 2 t phi(t / 2), at most 0.97 at t = 2)
             return  <w, v> / <v, v>    1 for least squares, less for rounding (v is noisier than w); never above 1
         so scaling up breaks the first, and scaling down the second. 2% is seen at 4 bits and more; at 2 and 3 bits the
         methods themselves move the slope by more than that, and the behaviour must tell.
@@ -27,6 +29,7 @@ FLOAT_ERROR = 2.0**-8  # rounding to bfloat16
 PRUNED_MOST = 0.9  # of the weights that stay, where SparseGPT moved them or they were trained again; swapped: 1.4
 TUNED_MOST = 0.5  # of a norm's length: the rates of tuning move it by a few hundredths
 SLOPE_UP, SLOPE_UP_E2 = 0.004, 0.02  # slope above that of rounding: constant, and per squared error
+SHRINKS = (0.9, 0.8, 0.7, 0.6, 0.5)  # of the range, tried where codes are so few that a smaller one gives more slope
 SLOPE_DOWN, SLOPE_DOWN_E2 = 0.06, 1.0  # below it: least squares gives 1 - e^2, a searched range clips more
 RETURN_MOST = 1.006  # of the whole weight, unless the weights that no clipping touched are as after rounding
 RETURN_MORE = 0.008  # above that of rounding, over weights that no clipping touched
@@ -73,14 +76,14 @@ def size(scheme: Scheme, shape: tuple[int, ...]) -> int | None:
     return int(np.prod(shape)) if isinstance(scheme.grain, Tensor) else None
 
 
-def rounded(w: np.ndarray, scheme: Scheme, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """Plain rounding to the grid of each group's range: weights, and the step of each group [groups].
+def rounded(w: np.ndarray, scheme: Scheme, group: int, shrink: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Plain rounding to the grid of each group's range times shrink: weights, and the step of each group [groups].
 
     A k-quant's minimum is no code: its grid holds both ends of the range, so the slope of normal weights is 1.014 at
     Q2_K, of any size, where integer zeros give 1.004. Its scales and minimums are small integers over an fp16.
     """
     g = w.reshape(-1, group)
-    low, high = np.minimum(g.min(-1, keepdims=True), 0), np.maximum(g.max(-1, keepdims=True), 0)
+    low, high = np.minimum(g.min(-1, keepdims=True), 0) * shrink, np.maximum(g.max(-1, keepdims=True), 0) * shrink
     span = np.float32(scheme.qmax - scheme.qmin)
     step = (2 * np.maximum(-low, high) if scheme.symmetric else high - low) / span
     step = np.where(step > 0, step, 1).astype(np.float32)
@@ -124,12 +127,14 @@ def compare(w: np.ndarray, v: np.ndarray, scheme: Scheme | None) -> Comparison:
     plain, step = rounded(w, scheme, group)
     clipped = inside(w, v, group) <= inside(w, plain, group) + RETURN_MORE  # what is missing was cut off, not scaled
     grid = float(np.sqrt(_dot(step, step) * group / 12 / norm))
-    centre = _dot(w, plain) / norm
+    centre = highest = _dot(w, plain) / norm
+    if scheme.qmax - scheme.qmin < 4:
+        highest = max(centre, *(_dot(w, rounded(w, scheme, group, part)[0]) / norm for part in SHRINKS))
     chance = 2 * error / np.sqrt(w.size) + PORTABLE / np.sqrt(step.size)
     return Comparison(
         error, min(ERROR_MOST, ERROR_FACTOR * grid + ERROR_FLOOR),
         slope, centre - SLOPE_DOWN - SLOPE_DOWN_E2 * error**2 - chance,
-        centre + SLOPE_UP + SLOPE_UP_E2 * error**2 + chance,
+        highest + SLOPE_UP + SLOPE_UP_E2 * error**2 + chance,
         back, float("inf") if clipped else RETURN_MOST + chance,
     )  # fmt: skip
 

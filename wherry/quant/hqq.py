@@ -8,16 +8,19 @@ Shapes: w, E, Q [n, g, size]; s, z [n, g].
 Cost:   `iters` roundings of w; no data.
 Fails:  never: a step that does not lessen the p-norm error of a group is not taken there.
 Differs: the paper moves only a float zero; here zeros are integers, as the formats hold them, and the scale moves too.
+        Tables (NF4, fp4, signs) have no zero; a k-quant's minimum is a float, and its steps are taken by super-block.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from wherry.errors import BadInput
 from wherry.ops import grid
+from wherry.ops.kquant import SUPER
 from wherry.recipe import Pass
-from wherry.scheme import QTensor
+from wherry.scheme import QTensor, Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,7 @@ class HQQ(Pass):
     beta: float = 10.0
     kappa: float = 1.01
     iters: int = 20
+    one_step: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.p < 2 or self.beta <= 0 or self.kappa < 1 or self.iters < 1:
@@ -35,30 +39,48 @@ class HQQ(Pass):
 
     def solve(self, w: torch.Tensor, stat: None = None, notes: list[str] | None = None) -> QTensor:
         """Codes of w [..., n, k] by its own values alone."""
-        scale, zero = grid.fit(w, self.scheme, self.rounding)
-        W, beta = grid.grouped(w.float(), self.scheme), self.beta
+        scheme, rounding = self.scheme, self.rounding
+        scale, zero = grid.fit(w, scheme, rounding)
+        minimum = zero is not None and scheme.minimum != "code"  # a k-quant's, which is a float
+        W, beta = grid.grouped(w.float(), scheme), self.beta
         best = torch.full_like(scale, torch.inf)
         kept, kept_zero = scale, zero
         for _ in range(self.iters + 1):
-            q = grid.encode(w, self.scheme, scale, zero)
-            z = torch.zeros_like(scale) if zero is None else zero.float()
-            code = q.code.unflatten(-1, W.shape[-2:]).float()
-            unit = (W / scale.unsqueeze(-1)) - (code - z.unsqueeze(-1))  # errors in steps: beta means one thing
+            q = grid.encode(w, scheme, scale, zero)
+            step = torch.where(scale > 0, scale, torch.ones_like(scale)).unsqueeze(-1)
+            v = q.decode().float().unflatten(-1, W.shape[-2:])
+            unit = (W - v) / step  # errors in steps: beta means one thing
             size = unit.abs().clamp(min=1e-6)
             power = size.pow(self.p)
-            error = power.sum(-1) * scale.pow(self.p)
-            better = error < best
-            best, kept = torch.where(better, error, best), torch.where(better, scale, kept)
+            better = together(power.sum(-1) * step.squeeze(-1).pow(self.p), scheme) < together(best, scheme)
+            best = torch.where(better, power.sum(-1) * step.squeeze(-1).pow(self.p), best)
+            kept = torch.where(better, scale, kept)
             if zero is not None and kept_zero is not None:
                 kept_zero = torch.where(better, zero, kept_zero)
             E = unit.sign() * (size - power / size / beta).clamp(min=0)
-            target = W - E * scale.unsqueeze(-1)
-            if zero is not None:
-                free = (code - target / scale.unsqueeze(-1)).mean(-1)
-                zero = free.round().clamp(self.scheme.qmin, self.scheme.qmax).to(torch.int8)
-            d = code - (0 if zero is None else zero.float().unsqueeze(-1))
+            target = W - E * step
+            d = v / step
+            if zero is not None and minimum:
+                d = d + zero.unsqueeze(-1) / step
+                zero = (d * step - target).mean(-1).clamp(min=0)
+                target = target + zero.unsqueeze(-1)
+            elif zero is not None:
+                code = q.code.unflatten(-1, W.shape[-2:]).float()
+                zero = (code - target / step).mean(-1).round().clamp(scheme.qmin, scheme.qmax).to(torch.int8)
+                d = code - zero.float().unsqueeze(-1)
             fitted = (d * target).sum(-1) / d.square().sum(-1).clamp(min=1e-12)
-            fitted = torch.where((fitted > scale / 2) & (fitted < scale * 2), fitted, scale)
-            scale = fitted if self.rounding is None else self.rounding(fitted)
+            scale = torch.where((fitted > scale / 2) & (fitted < scale * 2), fitted, scale)
+            if rounding is not None:
+                scale, zero = grid.settled(scale, zero, scheme, rounding)
             beta *= self.kappa
-        return grid.encode(w, self.scheme, kept, kept_zero)
+        return grid.encode(w, scheme, kept, kept_zero)
+
+
+def together(error: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Errors [..., n, g], each the sum over the groups whose scales hang together: a super-block, or NVFP4's tensor."""
+    if scheme.scale == "float8_e4m3fn":
+        return error.sum().expand_as(error)
+    if not scheme.nested:
+        return error
+    blocks = error.unflatten(-1, (-1, SUPER // (scheme.group_size or 1)))
+    return blocks.sum(-1, keepdim=True).expand_as(blocks).flatten(-2)

@@ -3,6 +3,7 @@
     python bench/runtimes.py make FOLDER                                   # GGUF files of both shapes, from SmolLM2's
     python bench/runtimes.py others FOLDER/smol-Q4_0.gguf                # what ONNX Runtime GenAI and CTranslate2 read
     python bench/runtimes.py run FOLDER/smol-Q4_0.gguf --threads 2 --engines native,llamacpp --rounds 3
+    python bench/runtimes.py run FOLDER/smol-Q4_0.gguf --beside 1          # and a process that never rests
     python bench/runtimes.py table
 
 Each engine is a process of its own that keeps its model; the driver gives them work in turns (A B C, C B A, ...), so
@@ -252,8 +253,8 @@ def bandwidth(threads: int, size: int) -> float:
     return best
 
 
-def run(file: Path, threads: int, engines: list[str], rounds: int, only: str) -> None:
-    """Measure in turns; add rows to the results."""
+def run(file: Path, threads: int, engines: list[str], rounds: int, only: str, beside: int) -> None:
+    """Measure in turns, with `beside` other processes that never rest; add rows to the results."""
     workers: dict[str, subprocess.Popen] = {}
     for engine in engines:
         command = [sys.executable, __file__, "worker", str(file), "--threads", str(threads), "--engines", engine]
@@ -267,6 +268,7 @@ def run(file: Path, threads: int, engines: list[str], rounds: int, only: str) ->
             print(f"{engine} did not start", file=sys.stderr)
     todo = [w for w in WORK if not only or f"{w[0]}{w[1]}x{w[2]}" in only.split(",")]
     read = bandwidth(threads, file.stat().st_size) / 1e9
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(beside)]
     rates: dict[tuple, list[float]] = {}
     for turn in range(rounds):
         for what in todo:
@@ -281,8 +283,8 @@ def run(file: Path, threads: int, engines: list[str], rounds: int, only: str) ->
                 else:
                     print(f"{engine} ended at {what}", file=sys.stderr)
                     del workers[engine]
-    for worker in workers.values():
-        worker.kill()
+    for process in (*workers.values(), *busy):
+        process.kill()
     digest = hashlib.sha256(file.read_bytes()[: 1 << 20]).hexdigest()[:16]
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     for (engine, what), found in rates.items():
@@ -290,12 +292,12 @@ def run(file: Path, threads: int, engines: list[str], rounds: int, only: str) ->
             "model": file.stem, "bytes": file.stat().st_size, "input": digest, "engine": engine, "threads": threads,
             "work": what[0], "batch": what[1], "context": what[2], "tokens_s": round(float(np.median(found)), 1),
             "least": round(min(found), 1), "most": round(max(found), 1), "rounds": len(found),
-            "read_gbs": round(read, 1), "date": str(datetime.date.today()), "machine": machine(),
+            "beside": beside, "read_gbs": round(read, 1), "date": str(datetime.date.today()), "machine": machine(),
         }  # fmt: skip
-        same = ("model", "engine", "threads", "work", "batch", "context")
+        same = ("model", "engine", "threads", "beside", "work", "batch", "context")
         rows = [r for r in rows if any(r[k] != row[k] for k in same)] + [row]
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
-    table([r for r in rows if r["model"] == file.stem and r["threads"] == threads])
+    table([r for r in rows if (r["model"], r["threads"], r["beside"]) == (file.stem, threads, beside)])
 
 
 def machine() -> str:
@@ -307,10 +309,11 @@ def machine() -> str:
 
 def table(rows: list[dict[str, Any]]) -> None:
     """A column for each engine; behind wherry's rate its ratio to the best other one; bytes read per second."""
-    for model, threads in sorted({(r["model"], r["threads"]) for r in rows}):
-        mine = [r for r in rows if (r["model"], r["threads"]) == (model, threads)]
+    for model, threads, beside in sorted({(r["model"], r["threads"], r["beside"]) for r in rows}):
+        mine = [r for r in rows if (r["model"], r["threads"], r["beside"]) == (model, threads, beside)]
         engines = sorted({r["engine"] for r in mine}, key=lambda e: (not e.startswith("native"), e))
-        print(f"\n### {model}, {threads} threads, tokens/s; memchr reads {mine[0]['read_gbs']} GB/s\n")
+        where = f", beside {beside} busy processes" if beside else ""
+        print(f"\n### {model}, {threads} threads{where}, tokens/s; memchr reads {mine[0]['read_gbs']} GB/s\n")
         print("| | " + " | ".join(engines) + " |\n|---|" + "---:|" * len(engines))
         for work in WORK:
             found = {r["engine"]: r for r in mine if (r["work"], r["batch"], r["context"]) == work[:3]}
@@ -428,6 +431,7 @@ def main() -> None:
     parser.add_argument("--engines", default="native,llamacpp")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="decode1x128,prefill1x512")
+    parser.add_argument("--beside", type=int, default=0, help="busy processes that share the cores")
     given = parser.parse_args()
     if given.what == "make":
         make(given.path)
@@ -436,7 +440,7 @@ def main() -> None:
     elif given.what == "worker":
         serve(given.engines, given.path, given.threads)
     elif given.what == "run":
-        run(given.path, given.threads, given.engines.split(","), given.rounds, given.only)
+        run(given.path, given.threads, given.engines.split(","), given.rounds, given.only, given.beside)
     else:
         table(json.loads(RESULTS.read_text()))
 

@@ -179,6 +179,14 @@ class Pruner(Pass):
         return f"{100 * sparsity:.4g}% zeros{how}"
 
     @property
+    def by_itself(self) -> bool:
+        """Whether the step says itself how much each weight loses: no other step may."""
+        return bool(self.pattern)
+
+    def foresee(self, plan: Any) -> None:
+        """Raise BadInput for what shows in the weights alone, not in their shapes, when the plan is made."""
+
+    @property
     def rows(self) -> bool:
         """Whether the share is taken of every row, and not of the whole weight."""
         return False

@@ -75,8 +75,7 @@ def shares(step: Pass, after: Pass | None) -> bool:
     alone = step.gait == "zeros" and not hasattr(step, "prune")
     if alone and not isinstance(after, Pruner):
         raise BadInput(f"{step.method} says how much is pruned: a step that prunes comes after it, like wanda")
-    own = isinstance(after, Pruner) and (after.pattern, getattr(after, "threshold", 0.0), getattr(after, "scope", ""))
-    if alone and own and (own[0] or own[1] or own[2] == "global"):
+    if alone and isinstance(after, Pruner) and after.by_itself:
         raise BadInput(f"{after} says itself how much each layer takes: leave {step.method} out, or that knob")
     return alone
 
@@ -181,9 +180,9 @@ class Recipe:
             first = sum(len(plan.recipe.steps) for plan in plans)
             plans.append(stage.settle(current, formats if stage is stages[-1] else (), first))
             current = stage.expect(current)
-        first_step: Any = stages[0].steps[-1]
-        if getattr(first_step, "threshold", 0.0):  # whether it leaves a layer nothing is known from the weights alone
-            first_step.share(plans[0], [], lambda *_: None)
+        last = stages[0].steps[-1]
+        if isinstance(last, Pruner):  # the only stage whose weights are there already
+            last.foresee(plans[0])
         alone = len(plans) == 1 and not hasattr(stages[0].steps[-1], "remake")  # the work starts from what is there
         return plans[0] if alone else Plan.joined(checkpoint, self, plans)
 

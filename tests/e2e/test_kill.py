@@ -184,18 +184,21 @@ class Trial:
         self.again()
         return killed
 
-    def kill_when(self, pattern: str) -> bool:
+    def caught(self, pattern: str) -> bool:
         """Start afresh, kill -9 as soon as a file of that pattern exists. Whether it was there when all was still."""
         clear(self.folder)
-        child, until = self.forge.start(self.folder, self.words), time.monotonic() + 120
-        while not next(self.folder.rglob(pattern), None) and not (self.folder / "out").exists():
+        child, until = self.forge.start(self.folder, self.words), time.monotonic() + 300
+        while not next(self.folder.glob(pattern), None) and not (self.folder / "out").exists():
             assert time.monotonic() < until, log(self.folder)
         try:
             os.kill(child, signal.SIGKILL)
         except ProcessLookupError:
             pass
-        self.forge.end()
-        caught = next(self.folder.rglob(pattern), None) is not None
+        return os.WIFSIGNALED(self.forge.end()) and next(self.folder.glob(pattern), None) is not None
+
+    def kill_when(self, pattern: str) -> bool:
+        """The same, and run again."""
+        caught = self.caught(pattern)
         self.again()
         return caught
 

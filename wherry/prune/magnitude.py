@@ -40,6 +40,16 @@ class Magnitude(Pruner):
         """Whether each output loses the same share."""
         return self.scope == "row"
 
+    @property
+    def by_itself(self) -> bool:
+        """Whether one threshold, or a pattern, says how much each weight loses."""
+        return super().by_itself or bool(self.threshold) or self.scope == "global"
+
+    def foresee(self, plan: Any) -> None:
+        """Read the weights once for a threshold that leaves a layer nothing, or takes nothing."""
+        if self.threshold:
+            self.share(plan, [], lambda *_: None)
+
     def takes(self, shape: tuple[int, ...]) -> bool:
         """Whether the share is one weight or more; where one threshold is for all, the weights decide."""
         return bool(self.threshold) or self.scope == "global" or super().takes(shape)

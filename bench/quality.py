@@ -88,6 +88,7 @@ ENTRIES = (
     Entry("llm-compressor", "rtn"),
     Entry("llm-compressor", "gptq"),
     Entry("llm-compressor", "gptq", "observer=imatrix_mse"),
+    Entry("llm-compressor", "awq"),
 )
 
 

@@ -26,13 +26,15 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from loguru import logger
 from transformers import AutoModelForCausalLM  # noqa: TID253
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = driver.options(__doc__, ("rtn", "gptq", "wanda", "sparsegpt"))
+    made = driver.options(__doc__, ("rtn", "gptq", "awq", "wanda", "sparsegpt"))
     made.add_argument("--sparsity", type=float, default=0.5, help="of wanda and sparsegpt")
     made.add_argument("--pattern", default="", help="2:4, in their place")
     made.add_argument("--actorder", default="static", help="static, or none")
@@ -59,12 +61,26 @@ def compress(a: argparse.Namespace) -> dict[str, object]:
         ids = np.load(a.tokens)
         rows = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": np.ones_like(ids).tolist()})
         order = None if a.actorder == "none" else a.actorder
+        recipe: object = GPTQModifier(config_groups=groups, ignore=["lm_head"], dampening_frac=a.damp, actorder=order)
+        if a.method == "awq":
+            recipe = [awq(), QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
         oneshot(
             model=model, dataset=rows, num_calibration_samples=len(ids), max_seq_length=ids.shape[1],
             shuffle_calibration_samples=False, sequential_targets=a.targets.split(",") if a.targets else None,
-            recipe=GPTQModifier(config_groups=groups, ignore=["lm_head"], dampening_frac=a.damp, actorder=order),
+            recipe=recipe,
         )  # fmt: skip
     return finish(model, a, clock)
+
+
+def awq() -> AWQModifier:
+    """Its AWQ with its widest search.
+
+    Version 0.14.0.1 ends where there is no accelerator, since it pins what it keeps for a faster copy to one:
+    RuntimeError: Cannot access accelerator device when none is available. There nothing is pinned.
+    """
+    if not torch.accelerator.is_available():
+        IntermediatesCache.pin_memory = lambda self, batch_index: None
+    return AWQModifier(duo_scaling="both")
 
 
 def prune(a: argparse.Namespace) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """What the tests of the runtimes for decoders share: the same tokens, the same tiny models, the same ruler."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests.conftest import write_tokenizer
 from tests.formats.test_gguf import save
 from wherry.artifact import Artifact
 from wherry.checkpoint import Checkpoint
+from wherry.session import Sampling
 
 TOKENS = np.random.default_rng(0).integers(3, 512, 150).tolist()
 LLAMA3 = {
@@ -125,3 +127,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def artifact(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """The tiny Llama with grouped-query attention, in float32."""
     return save(Checkpoint.open(tiny_llama), tmp_path_factory.mktemp("gguf") / "out")
+
+
+def together(session: Any, prompts: list[list[int]], how: list[Sampling]) -> list[list[int]]:
+    """Answers to all prompts, asked at once, each by a thread of its own."""
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(lambda p, h: list(session.generate(p, h)), prompts, how))

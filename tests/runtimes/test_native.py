@@ -14,7 +14,7 @@ import transformers as t
 
 from tests.conftest import write_llama, write_tokenizer
 from tests.formats.test_gguf import coded, save
-from tests.runtimes.conftest import FAMILY, TOKENS, divergence, log_softmax, reference, write_family
+from tests.runtimes.conftest import FAMILY, TOKENS, divergence, log_softmax, reference, together, write_family
 from wherry import deliver, errors, shelf
 from wherry.artifact import Artifact
 from wherry.checkpoint import Checkpoint
@@ -207,17 +207,7 @@ def test_alone_or_together_in_parts_or_whole(rounded: Artifact) -> None:
     made = native.load(rounded, threads=2)
     alone = [list(made.generate(p, h)) for p, h in zip(prompts, how, strict=True)]
     assert [len(a) for a in alone] == [h.max_tokens for h in how]
-    together: dict[int, list[int]] = {}
-
-    def run(i: int) -> None:
-        together[i] = list(made.generate(prompts[i], how[i]))
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [together[i] for i in range(len(prompts))] == alone
+    assert together(made, prompts, how) == alone
     made.close()
 
 

@@ -1,7 +1,6 @@
 """Gemma in the native runtime, against transformers: each of its peculiarities, from folders and from GGUF files."""
 
 import json
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import transformers as t
 
 from tests.conftest import write_tokenizer
 from tests.formats.test_gguf import coded, save
-from tests.runtimes.conftest import GEMMA, TOKENS, divergence, log_softmax, reference, write_family
+from tests.runtimes.conftest import GEMMA, TOKENS, divergence, log_softmax, reference, together, write_family
 from wherry import deliver, errors, prove
 from wherry.artifact import Artifact
 from wherry.checkpoint import Checkpoint
@@ -147,17 +146,7 @@ def test_alone_or_together_in_parts_or_whole(kind: str, folders: dict[str, Path]
     how = [Sampling(max_tokens=4 + 3 * i, temperature=i % 2 * 0.8, seed=i) for i in range(len(prompts))]
     made = native.load(file, threads=2)
     alone = [list(made.generate(p, h)) for p, h in zip(prompts, how, strict=True)]
-    together: dict[int, list[int]] = {}
-
-    def run(i: int) -> None:
-        together[i] = list(made.generate(prompts[i], how[i]))
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [together[i] for i in range(len(prompts))] == alone
+    assert together(made, prompts, how) == alone
     long = random.integers(3, 512, 700).tolist()
     whole = made.score(long).logits
     made.close()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from wherry.evaluate.weights import compare, rounded, unrounded_scales
+from wherry.evaluate.weights import compare, nearest, rounded, unrounded_scales
 from wherry.ops import grid
 from wherry.scheme import QTensor, Scheme
 
@@ -74,10 +74,40 @@ def test_the_slope_of_a_k_quant_is_that_of_its_own_grid(name: str, kind: str) ->
 @pytest.mark.parametrize("shrink", [1.0, 0.75, 0.55])
 def test_a_smaller_range_of_few_codes_may_raise_the_slope(text: str, shrink: float) -> None:
     """Normal weights of deviation 1, step t, codes -1 to 1: the slope is 2 t phi(t / 2), most at t = 2."""
-    scheme, w = Scheme.parse(text), np.random.default_rng(0).standard_normal((256, 512)).astype(np.float32)
-    v, step = rounded(w, scheme, scheme.group_size or 0, shrink)
+    scheme, given = Scheme.parse(text), heterogeneous("equal") * 20
+    step = grid.fit(given, scheme)[0] * shrink
+    w, v = given.numpy(), np.asarray(grid.encode(given, scheme, step, None).decode())
     assert compare(w, v, scheme).problem == ""
     assert "scaled" in compare(w, 1.2 * v, scheme).problem
     if scheme.group_size == 128:  # a small group's step hangs on the weights that it rounds
-        expected = float((2 * step * np.exp(-(step**2) / 8) / np.sqrt(2 * np.pi)).mean())
+        expected = float((2 * step * torch.exp(-(step**2) / 8) / np.sqrt(2 * np.pi)).mean())
         assert float((w * v).sum() / (w * w).sum()) == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "text", ["W4A16_ASYM,group_size=32", "W4A16,group_size=128", "W3A16_ASYM,group_size=16", "W3A16_ASYM,group_size=64",
+             "W2A16_ASYM,group_size=64", "Q3_K", "Q4_K"],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["equal", "columns", "rows", "tails"])
+def test_what_a_searched_range_cuts_off_is_not_called_scaled(text: str, kind: str) -> None:
+    """The range of least error leaves out the tail's end; a scale lost afterwards is still seen at 4 bits."""
+    scheme, given = Scheme.parse(text), heterogeneous(kind)
+    q = grid.encode(given, scheme, *grid.search(given, scheme, grid.stored(scheme, grid.portable), None, norm=2.0))
+    w, v = given.numpy(), np.asarray(q.decode())
+    assert compare(w, v, scheme).problem == ""
+    if text.startswith("W4"):
+        assert "scaled down" in compare(w, 0.97 * v, scheme).problem
+
+
+@pytest.mark.parametrize("text", ["W4A16_ASYM,group_size=8", "W3A16,group_size=4", "W8A16,group_size=16"])
+def test_levels_of_a_group_are_found_by_brute_force(text: str) -> None:
+    """Each weight takes the nearest of the multiples of the smallest gap between the group's least and most."""
+    scheme, given = Scheme.parse(text), torch.randn(3, 32, generator=torch.Generator().manual_seed(5))
+    size = scheme.group_size or 0
+    v = np.asarray(grid.encode(given, scheme, *grid.fit(given, scheme)).decode()).reshape(-1, size)
+    w = given.numpy().reshape(-1, size) * np.float32(1.07)
+    for x, y, found in zip(w, v, nearest(w, v, size), strict=True):
+        held = np.unique(y)
+        levels = np.arange(held[0], held[-1] + 1e-6, np.diff(held).min())
+        expected = levels[np.abs(x[:, None] - levels).argmin(1)]
+        assert found == pytest.approx(expected, abs=1e-4)

@@ -4,12 +4,14 @@ Idea:   for an integer grid with step D the error of a group is near D^2 / 12 pe
         that see data (GPTQ) trade more weight error for less output error. So the error e must be below a multiple of
         that. A tensor swapped with another of its shape has e near 1.4. A scaled one hides in the error and shows in
             slope   <w, v> / <w, w>    near that of plain rounding where codes are rounded, near 1 - e^2 where scales
-                                       were fitted by least squares; never above rounding's by more than chance (of
-                                       three or four codes: in any range; a step t of normal weights of deviation 1
-                                       rounded to -t, 0, t gives 2 t phi(t / 2), at most 0.97 at t = 2)
-            return  <w, v> / <v, v>    1 for least squares, less for rounding (v is noisier than w); never above 1
-        so scaling up breaks the first, and scaling down the second. 2% is seen at 4 bits and more; at 2 and 3 bits the
-        methods themselves move the slope by more than that, and the behaviour must tell.
+                                       were fitted by least squares; never above rounding's by more than chance
+            return  <w, v> / <v, v>    1 for least squares, less for rounding (v is noisier than w); never above 1,
+                                       but for what was cut off: so without the ends of each group's range in v
+        so scaling up breaks the first, and scaling down the second. A searched range, or one that cuts off one end as
+        symmetric codes do, has another slope and return than the whole range. There w is rounded anew to the levels
+        of v: scaled levels are as fit for that as true ones, but codes that were chosen for others are not. 2% is seen
+        at 4 bits and more; at 2 and 3 bits the methods themselves move the slope by more than that, and the behaviour
+        must tell.
 Shapes: w (original), v (decoded) float32 [n, k]; groups of `size` neighbouring inputs of a row.
 Cost:   a few passes over the tensor in numpy, 5 times its bytes of memory.
 Source: Widrow & Kollar 2008, Quantization Noise (D^2 / 12). The multiple is measured: GPTQ with 2, 3, 4 and 8 bits on
@@ -29,10 +31,10 @@ FLOAT_ERROR = 2.0**-8  # rounding to bfloat16
 PRUNED_MOST = 0.9  # of the weights that stay, where SparseGPT moved them or they were trained again; swapped: 1.4
 TUNED_MOST = 0.5  # of a norm's length: the rates of tuning move it by a few hundredths
 SLOPE_UP, SLOPE_UP_E2 = 0.004, 0.02  # slope above that of rounding: constant, and per squared error
-SHRINKS = (0.9, 0.8, 0.7, 0.6, 0.5)  # of the range, tried where codes are so few that a smaller one gives more slope
 SLOPE_DOWN, SLOPE_DOWN_E2 = 0.06, 1.0  # below it: least squares gives 1 - e^2, a searched range clips more
 RETURN_MOST = 1.006  # of the whole weight, unless the weights that no clipping touched are as after rounding
-RETURN_MORE = 0.008  # above that of rounding, over weights that no clipping touched
+RETURN_MORE = 0.008  # above that of rounding to the same levels, over weights that no clipping touched
+SAME_LEVEL = 1e-4  # of a group's range: values nearer to each other are one level
 PORTABLE_BITS = 7  # of a portable scale (ops/grid.py)
 PORTABLE = 2.0**-8  # a portable scale may be off by this much, each group on its own
 TINY_RANGE = 2.0**-16  # a group of smaller range may become one code: the smallest portable scale is 2^-18
@@ -76,14 +78,14 @@ def size(scheme: Scheme, shape: tuple[int, ...]) -> int | None:
     return int(np.prod(shape)) if isinstance(scheme.grain, Tensor) else None
 
 
-def rounded(w: np.ndarray, scheme: Scheme, group: int, shrink: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Plain rounding to the grid of each group's range times shrink: weights, and the step of each group [groups].
+def rounded(w: np.ndarray, scheme: Scheme, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """Plain rounding to the grid of each group's range: weights, and the step of each group [groups].
 
     A k-quant's minimum is no code: its grid holds both ends of the range, so the slope of normal weights is 1.014 at
     Q2_K, of any size, where integer zeros give 1.004. Its scales and minimums are small integers over an fp16.
     """
     g = w.reshape(-1, group)
-    low, high = np.minimum(g.min(-1, keepdims=True), 0) * shrink, np.maximum(g.max(-1, keepdims=True), 0) * shrink
+    low, high = np.minimum(g.min(-1, keepdims=True), 0), np.maximum(g.max(-1, keepdims=True), 0)
     span = np.float32(scheme.qmax - scheme.qmin)
     step = (2 * np.maximum(-low, high) if scheme.symmetric else high - low) / span
     step = np.where(step > 0, step, 1).astype(np.float32)
@@ -125,11 +127,11 @@ def compare(w: np.ndarray, v: np.ndarray, scheme: Scheme | None) -> Comparison:
         most = FLOAT_ERROR if scheme is None else ERROR_MOST
         return Comparison(error, most, slope, 1 - most, 1 + most, back, 1 / (1 - most))
     plain, step = rounded(w, scheme, group)
-    clipped = inside(w, v, group) <= inside(w, plain, group) + RETURN_MORE  # what is missing was cut off, not scaled
+    anew = nearest(w, v, group)
+    clipped = inside(w, v, group) <= inside(w, anew, group) + RETURN_MORE  # what is missing was cut off, not scaled
     grid = float(np.sqrt(_dot(step, step) * group / 12 / norm))
-    centre = highest = _dot(w, plain) / norm
-    if scheme.qmax - scheme.qmin < 4:
-        highest = max(centre, *(_dot(w, rounded(w, scheme, group, part)[0]) / norm for part in SHRINKS))
+    centre = _dot(w, plain) / norm
+    highest = max(centre, _dot(w, anew) / norm) if scheme.symmetric else centre  # one end is cut off
     chance = 2 * error / np.sqrt(w.size) + PORTABLE / np.sqrt(step.size)
     return Comparison(
         error, min(ERROR_MOST, ERROR_FACTOR * grid + ERROR_FLOOR),
@@ -170,6 +172,19 @@ def strayed(w: np.ndarray, v: np.ndarray, tuned: bool) -> str:
     if max(wrong, lost) > w.size / 10:
         return f"{max(wrong, lost)} of {w.size} values changed their sign or are 0: no scales do that"
     return ""
+
+
+def nearest(w: np.ndarray, v: np.ndarray, group: int) -> np.ndarray:
+    """Round w to the levels of v: in each group those from its least to its most, its smallest gap apart.
+
+    Where no two levels of a group are neighbours (wide codes) the gap is some steps, and this rounds more coarsely.
+    """
+    x, y = w.reshape(-1, group), np.sort(v.reshape(-1, group), axis=-1)
+    low, span = y[:, :1], y[:, -1:] - y[:, :1]
+    gap = np.diff(y, axis=-1, append=np.inf)
+    step = np.where(gap > SAME_LEVEL * span, gap, np.inf).min(-1, keepdims=True)
+    step = np.where(np.isfinite(step), step, 1).astype(np.float32)
+    return np.asarray(np.clip(np.rint((x - low) / step), 0, np.rint(span / step)) * step + low).reshape(w.shape)
 
 
 def inside(w: np.ndarray, v: np.ndarray, group: int) -> float:

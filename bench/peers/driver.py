@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -46,6 +47,19 @@ def count(model: torch.nn.Module) -> int:
 def size(files: int, parameters: int) -> dict[str, object]:
     """Bytes of the weight files, and bits a parameter."""
     return {"bytes": files, "bits": files * 8 / parameters}
+
+
+def load(folder: Path) -> torch.nn.Module:
+    """The model in float32: a decoder with its head, an encoder as it is."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    causal = any("CausalLM" in name for name in AutoConfig.from_pretrained(folder).architectures or [])
+    return (AutoModelForCausalLM if causal else AutoModel).from_pretrained(folder, dtype=torch.float32)
+
+
+def rows(tokens: Path) -> list[list[int]]:
+    """The ids of each window; an encoder's sentences end where -1 begins."""
+    return [row[row >= 0].tolist() for row in np.load(tokens)]
 
 
 def halve(folder: Path) -> None:

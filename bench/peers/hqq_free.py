@@ -17,7 +17,7 @@ import driver
 import torch
 from hqq.core.quantize import Quantizer
 from safetensors.torch import save
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: TID253
+from transformers import AutoTokenizer  # noqa: TID253
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,8 +29,7 @@ def parser() -> argparse.ArgumentParser:
 
 def compress(a: argparse.Namespace) -> dict[str, object]:
     """Quantize and save; returns wall and CPU seconds (loading and saving left out) and versions."""
-    causal = any("CausalLM" in name for name in AutoConfig.from_pretrained(a.model).architectures or [])
-    model = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(a.model, dtype=torch.float32)
+    model = driver.load(a.model)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layer" in n}
     clock = driver.Clock()
     held = {n: p.detach().half() for n, p in model.named_parameters() if n.removesuffix(".weight") not in layers}

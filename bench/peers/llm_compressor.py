@@ -19,7 +19,6 @@ import argparse
 import resource
 
 import driver
-import numpy as np
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
@@ -29,7 +28,6 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from loguru import logger
-from transformers import AutoModelForCausalLM  # noqa: TID253
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,23 +51,28 @@ def compress(a: argparse.Namespace) -> dict[str, object]:
         group_size=a.group_size, observer=a.observer,
     )  # fmt: skip
     groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
-    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
+    model = driver.load(a.model)
     clock = driver.Clock()
     if a.method == "rtn":
         oneshot(model=model, recipe=QuantizationModifier(config_groups=groups, ignore=["lm_head"]))
     else:
-        ids = np.load(a.tokens)
-        rows = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": np.ones_like(ids).tolist()})
+        ids, rows = dataset(a)
         order = None if a.actorder == "none" else a.actorder
         recipe: object = GPTQModifier(config_groups=groups, ignore=["lm_head"], dampening_frac=a.damp, actorder=order)
         if a.method == "awq":
             recipe = [awq(), QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
         oneshot(
-            model=model, dataset=rows, num_calibration_samples=len(ids), max_seq_length=ids.shape[1],
+            model=model, dataset=rows, num_calibration_samples=len(ids), max_seq_length=max(map(len, ids)),
             shuffle_calibration_samples=False, sequential_targets=a.targets.split(",") if a.targets else None,
             recipe=recipe,
         )  # fmt: skip
     return finish(model, a, clock)
+
+
+def dataset(a: argparse.Namespace) -> tuple[list[list[int]], Dataset]:
+    """The windows, as ids and as the peer wants them."""
+    ids = driver.rows(a.tokens)
+    return ids, Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
 
 
 def awq() -> AWQModifier:
@@ -92,11 +95,10 @@ def prune(a: argparse.Namespace) -> dict[str, object]:
         kind, knobs = SparseGPTModifier, {"dampening_frac": a.damp}
     left = ["re:.*lm_head"]  # a plain "lm_head" is not recognised by these modifiers: a tied embedding would be pruned
     step = kind(sparsity=a.sparsity, mask_structure=a.pattern or "0:0", targets=["Linear"], ignore=left, **knobs)
-    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
+    model = driver.load(a.model)
     clock = driver.Clock()
-    ids = np.load(a.tokens)
-    rows = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": np.ones_like(ids).tolist()})
-    oneshot(model=model, dataset=rows, num_calibration_samples=len(ids), max_seq_length=ids.shape[1],
+    ids, rows = dataset(a)
+    oneshot(model=model, dataset=rows, num_calibration_samples=len(ids), max_seq_length=max(map(len, ids)),
             shuffle_calibration_samples=False, recipe=step)  # fmt: skip
     return finish(model, a, clock)
 

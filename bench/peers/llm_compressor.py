@@ -28,6 +28,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from loguru import logger
+from transformers import AutoTokenizer  # noqa: TID253
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,6 +108,7 @@ def finish(model: torch.nn.Module, a: argparse.Namespace, clock: driver.Clock) -
     """Save; the JSON line of what it took since `clock` was made."""
     took = clock.read()
     model.save_pretrained(a.out, save_compressed=True)
+    AutoTokenizer.from_pretrained(a.model).save_pretrained(a.out)
     driver.halve(a.out)
     took["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return took | driver.versions("llmcompressor", "torch", "transformers", "compressed-tensors")

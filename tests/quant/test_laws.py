@@ -111,3 +111,18 @@ def test_a_latent_begins_where_its_solver_ended(method: str) -> None:
         assert torch.equal(settled.scale, grid.portable(settled.scale))
         assert int(settled.code.min()) >= q.scheme.qmin
         assert int(settled.code.max()) <= q.scheme.qmax
+
+
+@pytest.mark.parametrize("scheme", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "NVFP4A16"])
+@pytest.mark.parametrize("method", SOLVERS)
+def test_a_group_of_zeros_costs_its_neighbours_nothing(method: str, scheme: str) -> None:
+    """Pruned groups have no scale of their own: none may stand in for it that others are measured by."""
+    torch.manual_seed(0)
+    w, x = torch.randn(8, 512) * 0.02, inputs(600, 512)
+    whole = solve(method, w, x, scheme=scheme).decode()
+    pruned = w.clone()
+    pruned[:, 64:96] = 0
+    left = solve(method, pruned, x, scheme=scheme).decode()
+    rest = pruned != 0
+    assert (left[:, 64:96] == 0).all()
+    assert float((left - w)[rest].norm()) < 1.1 * float((whole - w)[rest].norm())

@@ -105,7 +105,9 @@ def between(
     if scheme.tabled:
         span = 2 * levels(scheme.table)[-1]
     scale = 2 * torch.maximum(-low, high) / span if scheme.symmetric else (high - low) / span
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=torch.finfo(torch.float32).tiny)
+    least = torch.finfo(torch.float32).tiny
+    idle = least if scheme.nested or scheme.scale == "float8_e4m3fn" else 1.0  # zeros: no measure for their neighbours
+    scale = torch.where(scale > 0, scale, idle).clamp(min=least)
     if rounding is not None:
         scale = rounding(scale)
     if scheme.symmetric:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from wherry import api, data, deliver
+from wherry.artifact import Artifact
 from wherry.checkpoint import Checkpoint
 from wherry.ops.ranges import OBSERVERS
 from wherry.recipe import Recipe
@@ -109,3 +110,37 @@ def test_smoothing_tames_outliers(tiny_llama: Path, tmp_path: Path) -> None:
         made = compress(rough, tmp_path / f"out{len(first)}", f"{first}rtn:scheme=W8A8_STATIC")
         distance[first] = float(((runtime.over(made).score(tokens).logits - want) ** 2).mean())
     assert distance["smoothquant | "] < 0.5 * distance[""]
+
+
+@pytest.mark.parametrize("first", ["W8A8", "W8A8_STATIC", "W4A8,group_size=32"])
+def test_later_blocks_see_inputs_that_were_rounded(first: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """The range kept for the second block is that of what it is given where the first one runs in integers."""
+    from wherry.runtimes import torch as runtime
+
+    recipe = f"gptq:scheme={first},targets=re:.*layers[.]0[.].*,embedding=keep | gptq:scheme=W8A8_STATIC,embedding=keep"
+    made = compress(tiny_llama, tmp_path / "out", recipe)
+    session, caught = runtime.over(made), []
+    layer = session.module.model.layers[1].self_attn.q_proj
+    layer.register_forward_pre_hook(lambda _, args: caught.append(args[0].flatten()), prepend=True)
+    for batch in deliver.calibration(Checkpoint.open(tiny_llama), data.read(data.shipped("calibration")), 6, 48, 0):
+        with torch.no_grad():
+            session.module(**{key: torch.from_numpy(value) for key, value in batch.items()})
+    x = torch.cat(caught)
+    assert span(made, "model.layers.1.self_attn.q_proj.weight") == pytest.approx(float(x.max() - x.min()), rel=1e-5)
+
+
+def test_tuning_tells_the_distance_of_the_model_that_runs_in_integers(tiny_llama: Path, tmp_path: Path) -> None:
+    from wherry.runtimes import torch as runtime
+
+    made = compress(tiny_llama, tmp_path / "out", "rtn:scheme=W8A8 | tune:epochs=1")
+    notes = [note for row in Artifact.open(tmp_path / "out").manifest["plan"] for note in row.get("notes", [])]
+    note = next(note for note in notes if "before tuning" in note)
+    said = float(note.rpartition("tuning, ")[2].removesuffix(" after"))
+    source, found = data.read(data.shipped("calibration")), []
+    for batch in deliver.calibration(Checkpoint.open(tiny_llama), source, 6, 48, 0):
+        given = {key: torch.from_numpy(value) for key, value in batch.items()}
+        with torch.no_grad():
+            p, q = (runtime.over(each).module(**given).logits.flatten(0, 1).log_softmax(-1)
+                    for each in (Checkpoint.open(tiny_llama), made))  # fmt: skip
+        found.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    assert said == pytest.approx(sum(found) / len(found), rel=0.01)

@@ -13,6 +13,7 @@ import torch
 from wherry.engine.unit import Unit, fact, original, store
 from wherry.formats import compressed_tensors
 from wherry.journal import Units
+from wherry.ops.activation import round_inputs
 from wherry.ops.latent import Latent, relative_error
 from wherry.recipe import Plan, PlanRow
 from wherry.scheme import QTensor
@@ -33,6 +34,9 @@ def run(
     teacher = checkpoint.module()
     places = checkpoint.places(module)
     names = {place: name for name, place in {n: p for p, n in reversed(places.items())}.items()}  # tied ones once
+    for place, name in names.items():
+        if isinstance(held[name], QTensor):
+            round_inputs(module.get_submodule(place.rpartition(".")[0]), held[name])
     notes: list[str] = []
     for step in plan.recipe.steps:
         if not hasattr(step, "tune"):

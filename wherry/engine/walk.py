@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from wherry import tensorfile
 from wherry.checkpoint import put
@@ -22,6 +23,7 @@ from wherry.engine.unit import Unit, fact, original, round_to_nearest, solved, s
 from wherry.engine.watch import Watch, refers, watching, waves, waves_of
 from wherry.errors import Diverged
 from wherry.journal import Units
+from wherry.ops.activation import round_inputs
 from wherry.ops.latent import Latent
 from wherry.recipe import Plan, PlanRow, Progress, static_activations
 from wherry.scheme import QTensor
@@ -165,6 +167,7 @@ def settle(
     results: dict[str, torch.Tensor | QTensor] = dict(weights)
     twin = copy.deepcopy(block) if flow.reference is not None else None
     watched = {row.name: plan.recipe.steps[row.step] for row in taken}
+    rounding: list[RemovableHandle] = []
     for wave in waves(block, layers, watched, flow):
         chosen = {name: layers[name] for name in wave}
         device = plan.device if all(watched[name].gait == "codes" for name in wave) else "cpu"
@@ -184,11 +187,15 @@ def settle(
             assert not isinstance(w, QTensor)
             results[name] = q = solve(plan, rows[name], w, watch, notes[name])
             put(module, places[name], floats(q))
+            if isinstance(q, QTensor):
+                rounding += round_inputs(layers[name], q)  # all that comes later sees what a kernel would put out
     if flow.reference is not None:
         assert twin is not None
         flow.reference = [checked(out, unit) for out in flow.through(twin, flow.reference)]
     improve(plan, rows, block, inner, weights, results, flow, notes)
     flow.states = [checked(out, unit) for out in flow.through(block)]
+    for handle in rounding:
+        handle.remove()
     tensors, facts = {}, []
     for row in unit.rows:
         result, w = results[row.name], weights[row.name]

@@ -1,4 +1,7 @@
-"""Watch: what the layers of a block are given while it runs over the calibration data, seen by hooks."""
+"""Watch: what the layers of a block are given while it runs over the calibration data, seen by hooks.
+
+A layer whose inputs are rounded is seen before that, so that layers of one input still share it.
+"""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -44,7 +47,7 @@ def waves_of(block: torch.nn.Module, layers: dict[str, torch.nn.Module], flow: A
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(see(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(see(name), prepend=True) for name, layer in layers.items()]
     flow.call(block, 0)
     for handle in handles:
         handle.remove()
@@ -134,7 +137,8 @@ def watching(
     def hook(name: str) -> Callable[..., None]:
         return lambda layer, args: watch.see(name, steps[name], rows[name], args[0])
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items() if steps[name].calibrated]
+    watched = {name: layer for name, layer in layers.items() if steps[name].calibrated}
+    handles = [layer.register_forward_pre_hook(hook(name), prepend=True) for name, layer in watched.items()]
     try:
         yield watch
     finally:

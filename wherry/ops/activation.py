@@ -6,8 +6,9 @@ Shapes: x [..., k]. Dynamic: one symmetric scale per token, from that token's la
 """
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
-from wherry.scheme import Scheme
+from wherry.scheme import QTensor, Scheme
 
 
 def fake_quantize(
@@ -20,6 +21,23 @@ def fake_quantize(
     offset = 0.0 if zero is None or scheme.dynamic else zero.float()
     code = torch.clamp(torch.round(x / scale + offset), scheme.qmin, scheme.qmax)
     return (code - offset) * scale
+
+
+def round_inputs(layer: torch.nn.Module, q: QTensor) -> list[RemovableHandle]:
+    """Round what a layer is given as a kernel for the activations of q would; nothing where its inputs stay floats.
+
+    Gradients pass straight through. Returns the handle of the hook, if there is one, to take it off again.
+    """
+    scheme = q.scheme.activations
+    if scheme is None:
+        return []
+
+    def rounded(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x = args[0]
+        found = fake_quantize(x.detach(), scheme, q.activation_scale, q.activation_zero)
+        return (x + (found - x.detach()) if x.requires_grad else found, *args[1:])
+
+    return [layer.register_forward_pre_hook(rounded)]
 
 
 def cached(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:

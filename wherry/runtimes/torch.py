@@ -14,7 +14,7 @@ from wherry import cargo
 from wherry.artifact import Artifact
 from wherry.checkpoint import Checkpoint
 from wherry.errors import BadInput
-from wherry.ops.activation import cached, fake_quantize
+from wherry.ops.activation import cached, round_inputs
 from wherry.scheme import QTensor
 from wherry.session import Sampling, Score, Session, draw
 
@@ -134,13 +134,10 @@ def quantize_inputs(module: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """Round the inputs of every layer whose scheme has integer activations, as a kernel for it would."""
     for parameter, name in checkpoint.places(module, some=checkpoint.apart).items():
         scheme = checkpoint.scheme(name)
-        if scheme is None or scheme.activations is None:
-            continue
-        stored = checkpoint.tensor(name)
-        assert isinstance(stored, QTensor)
-        grid = (scheme.activations, stored.activation_scale, stored.activation_zero)
-        layer = module.get_submodule(parameter.removesuffix(".weight"))
-        layer.register_forward_pre_hook(lambda _, args, grid=grid: (fake_quantize(args[0], *grid), *args[1:]))
+        if scheme is not None and scheme.activations is not None:
+            stored = checkpoint.tensor(name)
+            assert isinstance(stored, QTensor)
+            round_inputs(module.get_submodule(parameter.removesuffix(".weight")), stored)
 
 
 def wrap(path: Path) -> Artifact:

@@ -14,6 +14,7 @@ from wherry.recipe import Recipe
         ("best:scheme=W4A16,effort=low", ["gptaq"]),
         ("best:scheme=W2A16_BINARY", ["gptaq"]),
         ("best:scheme=W8A8", ["gptaq"]),
+        ("best:scheme=W4A8,group_size=32", ["rounding", "tune"]),
         ("smoothquant | best:scheme=W8A8,ignore=re:.*down_proj", ["smoothquant", "gptaq"]),
     ],
 )

@@ -4,7 +4,8 @@ Source: docs/log.md, "What best composes"; the parts are those of gptaq, roundin
 Idea:   low     gptaq                 codes column by column, drift repaired
         medium  rounding              codes and scales learned block by block
         high    rounding | tune       then scales, norms and codes against the original's outputs
-        Learned codes cannot be sums of planes, nor inputs of 8 bits: there it is gptaq at every effort.
+        Sums of planes cannot be learned, and where inputs too have 8 bits codes of 8 are no better learned: there it
+        is gptaq at every effort.
 Shapes: those of its parts.
 Cost:   low about twice gptq; medium `iters` passes of every block over one batch; high 2 epochs of the whole model per
         100 iters more, and 40 bytes of memory per parameter.
@@ -37,7 +38,8 @@ class Best(Pass):
         for knob, patterns in (("targets", self.targets), ("ignore", self.ignore)):
             common += f",{knob}={';'.join(patterns)}" if patterns else ""
         common += f",embedding={self.embedding}" if self.embedding != EMBEDDING else ""
-        if self.effort == "low" or self.scheme.planes > 1 or self.scheme.activations is not None:
+        whole = self.scheme.activations is not None and self.scheme.bits >= 8
+        if self.effort == "low" or self.scheme.planes > 1 or whole:
             return f"gptaq:{common}"
         learned = f"rounding:{common},iters={self.iters}"
         if self.effort == "medium":

@@ -96,7 +96,7 @@ def run(plan: Plan, journal: Units, batches: list[Batch], progress: Progress) ->
         done = journal.done(unit.key)
         if i >= first or done is None:
             if flow is None:
-                flow = enter(plan, module, blocks[0], batches)
+                flow = enter(plan, module, blocks[0], batches, outside, finished[0])
                 if i > 0:
                     flow.carry(TensorFile(journal.path(f"carry-{blocks[i - 1].key}")))
             done = settle(plan, unit, journal, module, flow, blocks[i - 1].key if i else None)
@@ -109,14 +109,36 @@ def run(plan: Plan, journal: Units, batches: list[Batch], progress: Progress) ->
 
 
 @torch.no_grad()
-def enter(plan: Plan, module: torch.nn.Module, first: Unit, batches: list[Batch]) -> Flow:
-    """Run all that lies before the first block, and catch what it is called with."""
+def enter(
+    plan: Plan, module: torch.nn.Module, first: Unit, batches: list[Batch], outside: Unit, settled: TensorFile
+) -> Flow:
+    """Run all that lies before the first block, as it was and as it is settled, and catch what that is called with."""
     checkpoint, path = plan.checkpoint, first.path
     prefix = path.rpartition(".")[0] + "."
     checkpoint.fill(module, lambda name: not name.startswith(prefix))
     for name, parameter in list(module.named_parameters()):
         if parameter.is_meta and not name.startswith(prefix):
             put(module, name, torch.zeros(parameter.shape))
+    caught = calls(plan, module, path, batches)
+    states = [x for x, _, _ in caught]
+    beside = any(hasattr(step, "fit") or refers(step) for step in plan.recipe.steps)
+    tables = {row.name: row for row in outside.rows if row.scheme and row.role == "embedding"}
+    for place, name in checkpoint.places(module).items():  # a tied one has two places
+        if name in tables:
+            put(module, place, floats(tune.take(plan, tables[name], settled)))
+    if tables:
+        caught = calls(plan, module, path, batches)
+    for name, parameter in list(module.named_parameters()):
+        if not parameter.is_meta:
+            put(module, name, torch.empty(parameter.shape, device="meta"))
+    own = [x for x, _, _ in caught]
+    return Flow(own, [c[2] for c in caught], [c[1] for c in caught], states if beside else None)
+
+
+def calls(
+    plan: Plan, module: torch.nn.Module, path: str, batches: list[Batch]
+) -> list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]]:
+    """What the block at that path is called with for each batch: its states, other positional ones, and by name."""
     caught: list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
     def catch(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -128,20 +150,14 @@ def enter(plan: Plan, module: torch.nn.Module, first: Unit, batches: list[Batch]
         raise _Reached
 
     handle = module.get_submodule(path).register_forward_pre_hook(catch, with_kwargs=True)
+    options = {"use_cache": False} if plan.task.kind == "text-generation" else {}
     for batch in batches:
-        inputs = {name: torch.from_numpy(array) for name, array in batch.items()}
-        options = {"use_cache": False} if plan.task.kind == "text-generation" else {}
         try:
-            module(**inputs, **options)
+            module(**{name: torch.from_numpy(array) for name, array in batch.items()}, **options)
         except _Reached:
             pass
     handle.remove()
-    for name, parameter in list(module.named_parameters()):
-        if not parameter.is_meta:
-            put(module, name, torch.empty(parameter.shape, device="meta"))
-    states = [c[0] for c in caught]
-    beside = any(hasattr(step, "fit") or refers(step) for step in plan.recipe.steps)
-    return Flow(states, [c[2] for c in caught], [c[1] for c in caught], list(states) if beside else None)
+    return caught
 
 
 @torch.no_grad()

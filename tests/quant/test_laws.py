@@ -113,6 +113,26 @@ def test_a_latent_begins_where_its_solver_ended(method: str) -> None:
         assert int(settled.code.max()) <= q.scheme.qmax
 
 
+@pytest.mark.parametrize("scheme", ["W2A16", "W3A16_ASYM", "W4A16_ASYM", "FP4A16", "Q4_K"])
+def test_a_searched_range_is_the_best_of_all_parts_tried(scheme: str) -> None:
+    """rtn with observer=mse against a loop over shrunken weights' ranges, each group for itself."""
+    torch.manual_seed(0)
+    w = torch.distributions.StudentT(4.0).sample((6, 256)) * 0.02
+    knobs: dict[str, Any] = {"scheme": scheme, **sized(scheme), "portable": False}
+    step = build("rtn", knobs)
+    found = build("rtn", {**knobs, "observer": "mse"}).solve(w).decode()
+    plain = step.solve(w).decode()
+    assert float((found - w).norm()) < float((plain - w).norm())
+    if scheme != "Q4_K":  # whose scales depend on one another
+        groups, least = grid.grouped(w, step.scheme), torch.full((6, 1), torch.inf)
+        for part in torch.linspace(0.4, 1, 31).tolist():
+            scale, zero = grid.fit(w * part, step.scheme, None)
+            error = grid.grouped(grid.encode(w, step.scheme, scale, zero).decode() - w, step.scheme).square().sum(-1)
+            least = torch.minimum(least, error)
+        ours = grid.grouped(found - w, step.scheme).square().sum(-1)
+        torch.testing.assert_close(ours, least.expand(groups.shape[:-1]), rtol=1e-4, atol=1e-12)
+
+
 @pytest.mark.parametrize("scheme", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "NVFP4A16"])
 @pytest.mark.parametrize("method", SOLVERS)
 def test_a_group_of_zeros_costs_its_neighbours_nothing(method: str, scheme: str) -> None:

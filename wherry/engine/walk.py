@@ -119,10 +119,10 @@ def enter(
     for name, parameter in list(module.named_parameters()):
         if parameter.is_meta and not name.startswith(prefix):
             put(module, name, torch.zeros(parameter.shape))
-    caught = calls(plan, module, path, batches)
-    states = [x for x, _, _ in caught]
     beside = any(hasattr(step, "fit") or refers(step) for step in plan.recipe.steps)
     tables = {row.name: row for row in outside.rows if row.scheme and row.role == "embedding"}
+    caught = calls(plan, module, path, batches) if beside or not tables else []
+    states = [x for x, _, _ in caught]
     for place, name in checkpoint.places(module).items():  # a tied one has two places
         if name in tables:
             put(module, place, floats(tune.take(plan, tables[name], settled)))

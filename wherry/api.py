@@ -134,7 +134,7 @@ def compress(
     say: Say = silent,
     example_inputs: Any = None,
 ) -> Report:
-    """Compress a model into the folder `out`, which stock transformers loads; with formats, export and prove each.
+    """Compress a model into the folder `out` and prove each format; stock transformers loads it, or the plan says not.
 
     A killed run goes on where it was when it is called again with the same arguments.
 

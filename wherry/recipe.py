@@ -206,6 +206,9 @@ class Recipe:
                 shelf.find("formats", name).check(trial)
             for tensor, note in shelf.find("formats", name).check(plan).items():
                 plan.note(tensor, f"{name}: {note}")
+        if checkpoint.graph is None:
+            for tensor, note in shelf.find("formats", "compressed_tensors").stock(plan).items():
+                plan.note(tensor, note)
         return plan
 
     def _whole(self, checkpoint: Checkpoint) -> None:

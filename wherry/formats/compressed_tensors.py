@@ -49,6 +49,28 @@ def check(plan: Plan) -> dict[str, str]:
     return {}
 
 
+def stock(plan: Plan) -> dict[str, str]:
+    """Notes where stock transformers (5.23) does not load the checkpoint, one for each scheme that stands in the way.
+
+    It loads packed zero points only where all layers have one scheme, and knows nothing of wherry's own layout.
+    """
+    first: dict[Scheme, str] = {}
+    for row in (row for trial in (*plan.trials(), plan) for row in trial.rows if row.role == "linear"):
+        scheme = row.scheme or plan.checkpoint.scheme(row.name)
+        if scheme:
+            first.setdefault(scheme, row.name)
+    notes = {}
+    for scheme, name in first.items():
+        if layout.form(scheme) == "wherry":
+            notes[name] = f"{scheme} has wherry's layout: wherry loads this checkpoint, stock transformers does not"
+        elif layout.form(scheme) == "pack-quantized" and not scheme.symmetric and len(first) > 1:
+            notes[name] = (
+                f"{scheme} beside other schemes: wherry and compressed-tensors load this checkpoint, stock transformers"
+                " does not; it does with symmetric schemes, or with one scheme for all"
+            )
+    return notes
+
+
 def encode(name: str, tensor: torch.Tensor | QTensor) -> dict[str, torch.Tensor]:
     """The tensors that hold one weight on disk. A plain tensor is itself."""
     if not isinstance(tensor, QTensor):

@@ -215,3 +215,27 @@ def test_mxfp4_decodes_as_the_gguf_package_does() -> None:
 def test_rows_that_do_not_fit_name_what_does(name: str, k: int) -> None:
     with pytest.raises(BadInput, match="fits|group_size="):
         rtn(name, torch.randn(4, k))
+
+
+@pytest.mark.parametrize("kind", ["block", "tensor"])
+@pytest.mark.parametrize(("bits", "number"), [(4, "int"), (8, "int"), (8, "float")])
+@pytest.mark.parametrize("rows", [64, 40])
+def test_blocks_and_whole_tensors_of_others_are_read_as_they_read_them(
+    kind: str, bits: int, number: str, rows: int
+) -> None:
+    """Files of compressed-tensors with one scale for 16 x 32 weights, or for all: decoded as by its own package."""
+    grain = {"strategy": "tensor"} if kind == "tensor" else {"strategy": "block", "block_structure": [16, 32]}
+    group = {"weights": {"num_bits": bits, "type": number, "symmetric": True, **grain}, "targets": ["Linear"]}
+    theirs, scheme = QuantizationScheme(**group), Scheme.from_compressed_tensors(group)
+    w = weight(rows, 128)
+    most = 448.0 if number == "float" else 2 ** (bits - 1) - 1
+    held = -(-rows // 16)
+    scale = torch.stack([part.abs().amax() for rows_ in w.split(16) for part in rows_.split(32, -1)]).reshape(held, 4)
+    scale = (scale if kind == "block" else w.abs().amax().reshape(1)) / most
+    compressor = BaseCompressor.get_value_from_registry(layout.form(scheme))
+    given = {"weight": w, "weight_scale": scale, "weight_zero_point": torch.zeros(scale.shape, dtype=torch.int8)}
+    state = compressor.compress(given, theirs)
+    plain = compressor.decompress(dict(state), theirs)["weight"].float()
+    ours = layout.whole(state, scheme).decode()
+    assert float((ours - w).norm() / w.norm()) < (0.6 if bits == 4 else 0.05)
+    torch.testing.assert_close(ours, plain, rtol=0 if number == "int" else 2**-7, atol=0)

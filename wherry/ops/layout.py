@@ -11,15 +11,16 @@
 Source: compressed-tensors 0.20, compressors/*; ggml for k-quants (kquant.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
+from wherry.errors import Unsupported
 from wherry.levels import levels
 from wherry.ops import kquant
 from wherry.ops.pack import pack, unpack
-from wherry.scheme import QTensor, Scheme
+from wherry.scheme import Block, QTensor, Scheme, Tensor
 
 SMALL = ("float8_e4m3fn", "e8m0")  # scales of one byte
 ZERO = 7  # place of 0 among the 15 levels of e2m1
@@ -115,15 +116,32 @@ def whole(have: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
     if kind == "float-quantized":
         from wherry.ops.grid import nearest
 
-        return QTensor(scheme, nearest(have["weight"].float(), scheme).to(torch.int8), scale)
+        code = nearest(have["weight"].float(), scheme).to(torch.int8)
+        return QTensor(scheme, code, spread(scale, code.shape, scheme))
     extra = (have.get("input_scale"), have.get("input_zero_point"))
     if kind == "int-quantized":
-        return QTensor(scheme, have["weight"], scale, None, *extra)
+        return QTensor(scheme, have["weight"], spread(scale, have["weight"].shape, scheme), None, *extra)
     rows, k = have["weight_shape"].tolist()
     bits, zero = scheme.bits * scheme.planes, None
     if not scheme.symmetric:
-        zero = unpack(have["weight_zero_point"].T.contiguous(), bits, rows).T.contiguous()
-    return QTensor(scheme, unpack(have["weight_packed"], bits, k), scale, zero, *extra)
+        zero = unpack(have["weight_zero_point"].T.contiguous(), bits, len(scale)).T.contiguous()
+        zero = spread(zero, (rows, k), scheme)
+    return QTensor(scheme, unpack(have["weight_packed"], bits, k), spread(scale, (rows, k), scheme), zero, *extra)
+
+
+def spread(scale: torch.Tensor, shape: Sequence[int], scheme: Scheme) -> torch.Tensor:
+    """Scales or zeros as a QTensor holds them [n, g]: one for each row, where a file has one for a block or a tensor.
+
+    Raises Unsupported where blocks do not divide the inputs of a row.
+    """
+    rows, k = shape[-2:]
+    if isinstance(scheme.grain, Tensor):
+        return scale.reshape(1, 1).expand(rows, 1).contiguous()
+    if not isinstance(scheme.grain, Block):
+        return scale
+    if k % scheme.grain.columns:
+        raise Unsupported(f"blocks of {scheme.grain.columns} inputs do not divide a row of {k}")
+    return scale.repeat_interleave(scheme.grain.rows, 0)[:rows].contiguous()
 
 
 def shape(name: str, found: tuple[int, ...], scheme: Scheme) -> tuple[int, ...]:

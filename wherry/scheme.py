@@ -217,7 +217,7 @@ class Scheme:
         scheme = PRESETS[name]
         for option in options:
             key, _, value = option.strip().partition("=")
-            if key in ("group_size", "rank") and re.fullmatch(r"-?\d+", value):
+            if key in ("group_size", "rank") and re.fullmatch(r"-?\d+" if key == "group_size" else r"\d+", value):
                 scheme = scheme.with_group(int(value)) if key == "group_size" else replace(scheme, rank=int(value))
             elif key == "scale":
                 scheme = scheme.with_scale(value)

@@ -119,8 +119,10 @@ def whole(have: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
         code = nearest(have["weight"].float(), scheme).to(torch.int8)
         return QTensor(scheme, code, spread(scale, code.shape, scheme))
     extra = (have.get("input_scale"), have.get("input_zero_point"))
-    if kind == "int-quantized":
-        return QTensor(scheme, have["weight"], spread(scale, have["weight"].shape, scheme), None, *extra)
+    if "weight" in have and have["weight"].dtype == torch.int8:  # int-quantized, of any width where others wrote it
+        code, zero = have["weight"], None if scheme.symmetric else have["weight_zero_point"]
+        zero = zero if zero is None else spread(zero, code.shape, scheme)
+        return QTensor(scheme, code, spread(scale, code.shape, scheme), zero, *extra)
     rows, k = have["weight_shape"].tolist()
     bits, zero = scheme.bits * scheme.planes, None
     if not scheme.symmetric:

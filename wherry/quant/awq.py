@@ -5,7 +5,7 @@ Idea:   Q(W s) (x / s) rounds the columns of large s with a finer step. s = mean
         scaled to sqrt(max s * min s) = 1; the r in [0, 1] and the form with the least ||(Q(W s) / s - W) X||^2 over all
         layers of x.
 Shapes: ws [n_i, k] each; x [tokens, k]; s [k]; H = X X^T [k, k].
-Cost:   2 `grid` + 1 roundings of each weight, O(n k^2) each by H; two passes over the calibration tokens.
+Cost:   2 `grid` roundings of each weight, O(n k^2) each by H; two passes over the calibration tokens.
 Fails:  never: where nothing before a layer can take the scales, it says so and only the range is searched.
 Differs: the loss is of the layers' own outputs, by H, not of the whole attention or MLP. Alone it rounds to nearest
         in ranges searched by diag(H); with a solver after it (`awq | gptq`) that one chooses the codes.
@@ -59,7 +59,7 @@ class AWQ(Pass):
         parts = W.abs().unflatten(-1, (groups, -1))
         w = (parts / parts.amax(-1, keepdim=True).clamp(min=1e-12)).flatten(-2).mean(0).clamp(min=1e-4)
         ratios = [i / self.grid for i in range(1, self.grid + 1)]
-        tried = (torch.ones_like(x), *(x**r / w ** (1 - r) for r in ratios), *(x**r for r in ratios))
+        tried = (torch.ones_like(x), *(x**r / w ** (1 - r) for r in ratios), *(x**r for r in ratios[:-1]))  # at r = 1 they are one
         best, least = torch.ones_like(x), torch.inf
         for s in (each / (each.max() * each.min()).sqrt() for each in tried):
             E = grid.encode(W * s, self.scheme, *grid.fit(W * s, self.scheme, self.rounding)).decode() / s - W

@@ -59,7 +59,7 @@ class AWQ(Pass):
         parts = W.abs().unflatten(-1, (groups, -1))
         w = (parts / parts.amax(-1, keepdim=True).clamp(min=1e-12)).flatten(-2).mean(0).clamp(min=1e-4)
         ratios = [i / self.grid for i in range(1, self.grid + 1)]
-        tried = (torch.ones_like(x), *(x**r / w ** (1 - r) for r in ratios), *(x**r for r in ratios[:-1]))  # at r = 1 they are one
+        tried = (torch.ones_like(x), *(x**r / w ** (1 - r) for r in ratios), *(x**r for r in ratios[:-1]))
         best, least = torch.ones_like(x), torch.inf
         for s in (each / (each.max() * each.min()).sqrt() for each in tried):
             E = grid.encode(W * s, self.scheme, *grid.fit(W * s, self.scheme, self.rounding)).decode() / s - W

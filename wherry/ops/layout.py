@@ -134,12 +134,14 @@ def whole(have: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
 def spread(scale: torch.Tensor, shape: Sequence[int], scheme: Scheme) -> torch.Tensor:
     """Scales or zeros as a QTensor holds them [n, g]: one for each row, where a file has one for a block or a tensor.
 
-    Raises Unsupported where blocks do not divide the inputs of a row.
+    Raises Unsupported where blocks do not divide the inputs of a row, ValueError where rows are missing.
     """
     rows, k = shape[-2:]
     if isinstance(scheme.grain, Tensor):
         return scale.reshape(1, 1).expand(rows, 1).contiguous()
     if not isinstance(scheme.grain, Block):
+        if scale.shape[-2] != rows:
+            raise ValueError(f"{scale.shape[-2]} rows of scales for {rows} rows of weights")
         return scale
     if k % scheme.grain.columns:
         raise Unsupported(f"blocks of {scheme.grain.columns} inputs do not divide a row of {k}")

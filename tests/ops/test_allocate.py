@@ -30,3 +30,15 @@ def test_errors() -> None:
         allocate(np.ones((2, 2)), np.full((2, 2), 5.0), 9.0)
     with pytest.raises(Diverged):
         allocate(np.array([[np.nan, 1.0]]), np.ones((1, 2)), 9.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_small_differences_beside_a_large_cost_are_decided_too(seed: int) -> None:
+    """A solver stops within 1e-6 of the best: that must not hide costs of 1e-7."""
+    rng = np.random.default_rng(seed)
+    cost = np.concatenate([[[1.0, 0.0, 0.5]], rng.random((5, 3)) * 4e-7])
+    size = rng.integers(1, 50, (6, 3)).astype(float)
+    budget = (size.min(1).sum() + size.max(1).sum()) / 2
+    row, every = np.arange(6), np.array(list(itertools.product(range(3), repeat=6)))
+    best = cost[row, every].sum(1)[size[row, every].sum(1) <= budget + 1e-9].min()
+    assert cost[row, allocate(cost, size, budget)].sum() <= best + 1e-9

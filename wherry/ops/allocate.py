@@ -8,6 +8,8 @@ import numpy as np
 
 from wherry.errors import BadInput, Diverged
 
+STEEP = 1e4  # the greatest cost as the solver sees it: it stops within 1e-6 of the best, which no option of scipy's sets
+
 
 def allocate(cost: np.ndarray, size: np.ndarray, budget: float) -> np.ndarray:
     """Index of the choice for each thing, int [things]: least sum of cost with a sum of size of at most `budget`.
@@ -24,7 +26,8 @@ def allocate(cost: np.ndarray, size: np.ndarray, budget: float) -> np.ndarray:
     if least > budget:
         raise BadInput(f"the smallest choices take {least:,.0f} where {budget:,.0f} are allowed: raise the budget")
     one = np.kron(np.eye(things), np.ones(choices))
-    scaled = cost.ravel() / max(float(np.abs(cost).max()), 1e-300)
+    more = cost - cost.min(1, keepdims=True)
+    scaled = more.ravel() * (STEEP / max(float(more.max()), 1e-300))
     found = milp(
         scaled, integrality=np.ones(things * choices), bounds=Bounds(0, 1),
         constraints=[LinearConstraint(one, 1, 1), LinearConstraint(size.reshape(1, -1) / budget, -np.inf, 1)],

@@ -8,7 +8,7 @@ import numpy as np
 
 from wherry.errors import BadInput, Diverged
 
-STEEP = 1e4  # the greatest cost as the solver sees it: it stops within 1e-6 of the best, which no option of scipy's sets
+STEEP = 1e4  # the greatest cost that the solver sees; it stops within 1e-6 of the best, which scipy has no option for
 
 
 def allocate(cost: np.ndarray, size: np.ndarray, budget: float) -> np.ndarray:

@@ -74,6 +74,11 @@ def stored(scheme: Scheme, rounding: Rounding | None) -> Rounding | None:
     return own.get(str(scheme.scale), rounding)
 
 
+def dependent(scheme: Scheme) -> bool:
+    """Whether a group's scale is rounded by those of others: k-quants, and fp8 over one power of two."""
+    return scheme.nested or scheme.scale == "float8_e4m3fn"
+
+
 def grouped(w: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """View w [..., n, k] as [..., n, g, k/g]. Raises BadInput when the group does not divide k."""
     if not isinstance(scheme.grain, Group | Row):
@@ -106,7 +111,7 @@ def between(
         span = 2 * levels(scheme.table)[-1]
     scale = 2 * torch.maximum(-low, high) / span if scheme.symmetric else (high - low) / span
     least = torch.finfo(torch.float32).tiny
-    idle = least if scheme.nested or scheme.scale == "float8_e4m3fn" else 1.0  # zeros: no measure for their neighbours
+    idle = least if dependent(scheme) else 1.0  # zeros: no measure for their neighbours
     scale = torch.where(scale > 0, scale, idle).clamp(min=least)
     if rounding is not None:
         scale = rounding(scale)
@@ -187,9 +192,8 @@ def search(
     """
     if scheme.table == "binary":
         return residual(w, scheme, rounding, importance), None
-    whole = scheme.nested or scheme.scale == "float8_e4m3fn"  # scales of which depend on one another
     rows = max(1, (CPU_CHUNK if w.device.type == "cpu" else DEVICE_CHUNK) // w.shape[-1])
-    if not whole and w.ndim == 2 and len(w) > rows:
+    if not dependent(scheme) and w.ndim == 2 and len(w) > rows:
         found = [search(part, scheme, rounding, importance, least, steps, norm) for part in w.split(rows)]
         zeros = [zero for _, zero in found if zero is not None]
         return torch.cat([scale for scale, _ in found]), torch.cat(zeros) if zeros else None

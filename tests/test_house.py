@@ -21,7 +21,7 @@ FLOORS = {
     "table": 1, "label": 1,
     "checkpoint": 2, "artifact": 2, "task": 2, "knobs": 2, "page": 2,
     "cargo": 3, "gait": 3, "graph": 3, "recipe": 3, "session": 3, "writer": 3, "packed": 3, "data": 3, "journal": 3,
-    "objective": 3, "roles": 3, "rows": 3, "dependency": 3,
+    "objective": 3, "roles": 3, "rows": 3, "steps": 3, "budget": 3, "dependency": 3,
     "quant": 4, "prune": 4, "formats": 4, "distill": 4, "capture": 4,
     "redraw": 4,
     "engine": 5, "runtimes": 5, "train": 5,

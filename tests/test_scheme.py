@@ -5,12 +5,13 @@ import torch
 from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
 
 from wherry.errors import BadInput, Unsupported
+from wherry.ops import layout
 from wherry.scheme import PRESETS, Group, QTensor, Scheme
 
 
 def sayable(scheme: Scheme) -> bool:
     try:
-        scheme.to_compressed_tensors()
+        layout.words(scheme)
     except Unsupported:
         return False
     return scheme.table != "ternary"  # said as 2 bits
@@ -30,14 +31,14 @@ def test_spelling_round_trip(name: str, size: str) -> None:
 @pytest.mark.parametrize("name", ["W8A16", "W4A16", "W4A16_ASYM", "W8A8", "NVFP4A16", "MXFP4A16"])
 def test_presets_are_the_ecosystems(name: str) -> None:
     theirs = preset_name_to_scheme(name, targets=["Linear"])
-    assert Scheme.from_compressed_tensors(theirs.model_dump(mode="json")) == PRESETS[name]
+    assert layout.from_words(theirs.model_dump(mode="json")) == PRESETS[name]
 
 
 @pytest.mark.parametrize("name", [name for name, scheme in PRESETS.items() if sayable(scheme)])
 def test_round_trip_through_their_classes(name: str) -> None:
-    group = PRESETS[name].to_compressed_tensors()
+    group = layout.words(PRESETS[name])
     theirs = QuantizationScheme(targets=["Linear"], **group)
-    assert Scheme.from_compressed_tensors(theirs.model_dump(mode="json")) == PRESETS[name]
+    assert layout.from_words(theirs.model_dump(mode="json")) == PRESETS[name]
 
 
 def test_what_they_cannot_say_is_an_error() -> None:
@@ -45,7 +46,7 @@ def test_what_they_cannot_say_is_an_error() -> None:
         4, grain=Group(32), symmetric=False, scale=Scheme(6, grain=Group(8)), minimum=Scheme(6, grain=Group(8))
     )
     with pytest.raises(Unsupported, match="cannot say"):
-        q4_k.to_compressed_tensors()
+        layout.words(q4_k)
 
 
 def test_unknown_scheme_suggests() -> None:

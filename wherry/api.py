@@ -214,7 +214,7 @@ def export(checkpoint: str | Path, out: str | Path, format: str, progress: Progr
     source, out = Checkpoint.open(checkpoint), Path(out)
     vacant(out)
     module = shelf.find("formats", format)
-    notes = module.check(Plan.of(source))
+    notes = Plan.of(source).legal(format)
     artifact = save(source, out, format, progress)
     report = Report(f"{source.name} -> {out}")
     report.add("bytes", format, artifact.bytes, "B")

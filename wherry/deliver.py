@@ -1,5 +1,6 @@
 """Deliver: one run from a plan to a finished folder: checkpoint, exports, and what describes them. Resumable."""
 
+import dataclasses
 import errno
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from wherry.artifact import MANIFEST, Artifact
 from wherry.checkpoint import Checkpoint
 from wherry.errors import BadInput, Error, Exhausted
 from wherry.journal import Journal, remove_empty, vacant
-from wherry.recipe import Plan
+from wherry.recipe import TILED, Plan
+from wherry.scheme import QTensor, Scheme
 
 Progress = Callable[[int, int, str], None]
 Batches = list[dict[str, np.ndarray]]
@@ -112,6 +114,26 @@ def exports(plan: Plan, formats: tuple[str, ...]) -> list[str]:
     return [name for name in formats if plan.checkpoint.graph is None or name != "onnx"]
 
 
+class ByRows:
+    """A source whose tiles are seen by rows: the same weights, for a format that knows no tiles."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def scheme(self, name: str) -> Scheme | None:
+        """How the weight is stored, by rows."""
+        found = self.source.scheme(name)
+        return found.by_rows if found else None
+
+    def read(self, name: str) -> Any:
+        """One weight, its scales by rows."""
+        found = self.source.read(name)
+        return dataclasses.replace(found, scheme=found.scheme.by_rows) if isinstance(found, QTensor) else found
+
+
 def save(checkpoint: Checkpoint, out: Path, name: str, progress: Progress) -> Artifact:
     """Export into a temporary folder beside `out`, then rename; a finished one is left alone."""
     if (out / MANIFEST).exists():
@@ -123,6 +145,8 @@ def save(checkpoint: Checkpoint, out: Path, name: str, progress: Progress) -> Ar
     try:
         temporary.mkdir(parents=True)
         progress(0, 1, f"writing {name}")
+        if name not in TILED and any(own and own.tiled for own in map(checkpoint.scheme, checkpoint.names())):
+            checkpoint = dataclasses.replace(checkpoint, source=ByRows(checkpoint.source))
         module.save(checkpoint, temporary, progress)
         temporary.rename(out)
     except OSError as error:

@@ -5,8 +5,8 @@
 `observe(stat, x, x_ref)`: the same, layer after layer, with the original model's inputs beside.
 `observe` and `smooth(ws, stat) -> s`: before a solver; the inputs of ws are divided by s [k], ws multiplied.
 `rewrite(checkpoint) -> checkpoint`: before the plan; the same model with other weights.
-`choices(scheme)` and `assign(cost, size, weights)`: before the walk; which scheme each weight gets.
-`recipe() -> text`: a name for other steps.
+`choices(scheme)`, `most(counted, rest)` and `assign(cost, budgets)`: before the walk; which scheme each weight gets.
+`recipe(graph) -> text`: a name for other steps, on an ONNX graph or a transformers folder.
 `observe` and `correct(w, q, stat, notes) -> q`: after a solver; a float correction of `rank` beside the codes.
 `fit(call, latents, targets, notes)`: after a solver; the codes of one block learned together.
 `tune(loss, latents, free, batches, notes)`: after the last block; the whole model against the original's outputs.

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from wherry.errors import BadInput
-from wherry.scheme import Scheme
+from wherry.scheme import OPTIONS, Scheme, one_grain
 from wherry.shelf import suggest
 
-SCHEMES = ("group_size", "scale")  # knobs of their own that are parts of the knob `scheme`
+SCHEMES = OPTIONS[:4]  # knobs of their own that are parts of the knob `scheme`
 
 
 def split(text: str, word: str) -> Iterator[tuple[str, dict[str, str]]]:
@@ -46,10 +46,10 @@ def values(kind: type, method: str, knobs: Mapping[str, Any], known: Sequence[st
             raise BadInput(f"{method} has no knob '{name}'{suggest(str(name), every)}; it has: {', '.join(every)}")
         if name in known:
             out[name] = coerce(method, name, value, hints[name])
+    one_grain(parts)
     for key in parts:
         scheme = out.get("scheme", next(f.default for f in dataclasses.fields(kind) if f.name == "scheme"))
-        size = coerce(method, key, knobs[key], int) if key == "group_size" else knobs[key]
-        out["scheme"] = scheme.with_group(size) if key == "group_size" else scheme.with_scale(size)
+        out["scheme"] = scheme.option(key, str(knobs[key]))
     return out
 
 

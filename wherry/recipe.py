@@ -23,61 +23,23 @@ import torch
 import yaml
 
 from wherry import shelf
+from wherry.budget import budgets
 from wherry.checkpoint import Checkpoint
 from wherry.errors import BadInput, Corrupt, Unsupported
 from wherry.gait import Pass as Pass
 from wherry.gait import Pruner
 from wherry.gait import matches as matches
-from wherry.knobs import split, values
+from wherry.knobs import split
 from wherry.roles import QUANTIZABLE, QUANTIZED
 from wherry.roles import roles as roles
 from wherry.rows import PlanRow as PlanRow
 from wherry.rows import holds_zero, remade, row_of
 from wherry.scheme import Scheme, Tensor
 from wherry.shelf import suggest
+from wherry.steps import build as build
+from wherry.steps import shares
 
-SHELVES = ("quant", "prune", "distill")  # where a recipe's steps stand
-
-
-def kind(method: str) -> type[Pass]:
-    """The class of a method, from the first shelf that has it. Raises Unsupported: no such method."""
-    name, known = method.replace("-", "_"), {place: shelf.names(place) for place in SHELVES}
-    for place, names in known.items():
-        if name in names:
-            found = shelf.load(place, name)
-            if not issubclass(found, Pass):
-                raise Unsupported(f"{method} is a step of training recipes: wherry train --recipe '{method}'")
-            return found
-    every = [name for names in known.values() for name in names]
-    raise Unsupported(f"no '{name}' in {', '.join(SHELVES)}{suggest(name, every)}; there are: {', '.join(every)}")
-
-
-def build(method: str, knobs: dict[str, Any]) -> Pass:
-    """A pass from its name and its knobs as text or YAML values.
-
-    Raises:
-        Unsupported: no such method; BadInput: no such knob, or a value of the wrong type.
-    """
-    made_of = kind(method)
-    made = made_of(**values(made_of, method, knobs, made_of.knobs()))
-    if made.embedding != "keep":
-        Scheme.parse(made.embedding)
-    return made
-
-
-def expand(step: Pass) -> tuple[Pass, ...]:
-    """The steps that a pass stands for: itself, or those of its recipe."""
-    return Recipe.parse(step.recipe()).steps if hasattr(step, "recipe") else (step,)
-
-
-def shares(step: Pass, after: Pass | None) -> bool:
-    """Whether a step only says how much the one after it prunes. Raises BadInput where no such one comes after it."""
-    alone = step.gait == "zeros" and not hasattr(step, "prune")
-    if alone and not isinstance(after, Pruner):
-        raise BadInput(f"{step.method} says how much is pruned: a step that prunes comes after it, like wanda")
-    if alone and isinstance(after, Pruner) and after.by_itself:
-        raise BadInput(f"{after} says itself how much each layer takes: leave {step.method} out, or that knob")
-    return alone
+TILED = ("compressed_tensors", "compact")  # formats that hold one scale for several rows
 
 
 @dataclass(frozen=True)
@@ -99,7 +61,7 @@ class Recipe:
             return cls.from_yaml(Path(text))
         steps: list[Pass] = []
         for method, knobs in split(text, "METHOD"):
-            steps += expand(build(method, knobs))
+            steps.append(build(method, knobs))
         return cls(tuple(steps))
 
     @classmethod
@@ -119,7 +81,7 @@ class Recipe:
             method, knobs = next(iter(step.items())) if isinstance(step, dict) and len(step) == 1 else (step, {})
             if not isinstance(method, str) or not isinstance(knobs or {}, dict):
                 raise BadInput(f"{path}: '{step}' is not METHOD: {{knob: value}}")
-            made += expand(build(method, knobs or {}))
+            made.append(build(method, knobs or {}))
         return cls(tuple(made))
 
     def to_yaml(self) -> str:
@@ -169,8 +131,17 @@ class Recipe:
             checkpoint = step.expect(checkpoint) if hasattr(step, "expect") else checkpoint
         return checkpoint
 
+    def spelled(self, graph: bool) -> "Recipe":
+        """The recipe with every name for other steps replaced by them, as they are for an ONNX graph or a folder."""
+        steps: list[Pass] = []
+        for step in self.steps:
+            steps += Recipe.parse(step.recipe(graph)).steps if hasattr(step, "recipe") else [step]
+        return Recipe(tuple(steps))
+
     def plan(self, checkpoint: Checkpoint, formats: tuple[str, ...] = ()) -> "Plan":
         """Decide for every tensor, check it against every format, and raise what can be known to fail."""
+        if any(hasattr(step, "recipe") for step in self.steps):
+            return self.spelled(checkpoint.graph is not None).plan(checkpoint, formats)
         stages, current = self.stages, checkpoint
         plans: list[Plan] = []
         for stage in stages:
@@ -203,9 +174,11 @@ class Recipe:
         always = ("onnx",) if checkpoint.graph is not None else ()  # what a graph is written as
         for name in dict.fromkeys((*always, *formats)):
             for trial in plan.trials():
-                shelf.find("formats", name).check(trial)
-            for tensor, note in shelf.find("formats", name).check(plan).items():
+                trial.legal(name)
+            for tensor, note in plan.legal(name).items():
                 plan.note(tensor, f"{name}: {note}")
+        for step in self.steps:
+            _ = hasattr(step, "assign") and budgets(plan, step)
         if checkpoint.graph is None:
             for tensor, note in shelf.find("formats", "compressed_tensors").stock(plan).items():
                 plan.note(tensor, note)
@@ -364,6 +337,18 @@ class Plan:
                         raise BadInput(f"{row.name}: {error}, as a knob of {step.method}") from error
                 found.append(Plan(self.checkpoint, self.recipe, rows))
         return found
+
+    def legal(self, format: str) -> dict[str, str]:
+        """Notes of a format on the tensors, which sees tiles by rows if it has none. Raises what it cannot hold."""
+        module = shelf.find("formats", format)
+        tiled = {row.name: row.scheme for row in self.rows if row.scheme and row.scheme.tiled}
+        if format in TILED or not tiled:
+            return dict(module.check(self))
+        rows = [dataclasses.replace(r, scheme=r.scheme.by_rows) if r.scheme else r for r in self.rows]
+        notes = dict(module.check(dataclasses.replace(self, rows=rows)))
+        for name, scheme in tiled.items():
+            notes[name] = "; ".join(filter(None, [notes.get(name), f"{scheme}: each scale is repeated in its rows"]))
+        return notes
 
     def note(self, name: str, text: str) -> None:
         """Add a remark to a tensor's row (an empty name: to the first row)."""

@@ -8,17 +8,19 @@ scales and minimums are 6-bit integers over an fp16 scale; NVFP4 has fp8 scales 
 The spelling is the ecosystem's: W4A16 (symmetric), W4A16_ASYM, W8A16, W3A16, W8A8, NVFP4A16, Q4_K, NF4, with group_size
 beside it. Where codes are no integers, w = scale * level[code] (levels.py). A k-quant has a float minimum in place of
 an integer zero: w = scale * (code + 2^(bits-1)) - minimum.
-Options follow the name: group_size=64, scale=e8m0 (how scales are stored: fp16, bf16, fp32, fp8, e8m0), and rank=16 for
-two float matrices beside the codes, w = scale * (code - zero) + left right (quant/lowrank.py).
+Options follow the name: group_size=64, or strategy=tensor for one scale in all, or block_structure=128x128 for one per
+tile of outputs x inputs; scale=e8m0 (how scales are stored: fp16, bf16, fp32, fp8, e8m0); and rank=16 for two float
+matrices beside the codes, w = scale * (code - zero) + left right (quant/lowrank.py).
 Source of the vocabulary: compressed-tensors' QuantizationArgs and preset schemes.
 """
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Literal, Union
 
-from wherry.errors import BadInput, Unsupported
+from wherry.errors import BadInput
 from wherry.levels import levels
 from wherry.shelf import suggest
 
@@ -115,6 +117,40 @@ class Scheme:
         """Inputs per scale, or None when the grain is not a group."""
         return self.grain.size if isinstance(self.grain, Group) else None
 
+    @property
+    def tiled(self) -> bool:
+        """Whether rows share scales: one for a block, or for the whole weight (ops/tiles.py)."""
+        return isinstance(self.grain, Tensor | Block)
+
+    @property
+    def by_rows(self) -> "Scheme":
+        """The same weights for a format that knows no tiles: each tile's scale repeated in every row of it."""
+        if isinstance(self.grain, Block):
+            return replace(self, grain=Group(self.grain.columns))
+        return replace(self, grain=Row()) if self.tiled else self
+
+    def option(self, key: str, value: str) -> "Scheme":
+        """The same scheme with what may follow a name: group_size, strategy, block_structure, scale or rank."""
+        if key == "scale":
+            return self.with_scale(value)
+        if key == "rank" and re.fullmatch(r"\d+", value):
+            return replace(self, rank=int(value))
+        if key == "group_size" and re.fullmatch(r"-?\d+", value):
+            return self.with_group(int(value))
+        block = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", value) if key == "block_structure" else None
+        if block or (key, value) == ("strategy", "tensor"):
+            if self.fixed:
+                raise BadInput(f"{self} has groups of {self.group_size} by its definition; leave {key} out")
+            return replace(self, grain=Block(int(block[1]), int(block[2])) if block else Tensor())
+        if (key, value) == ("strategy", "channel"):
+            return self.with_group(-1)
+        right = {"group_size": "64, or -1 for one scale per row", "block_structure": "128x128, outputs x inputs",
+                 "strategy": "tensor or channel; groups and blocks are said by group_size and block_structure",
+                 "rank": "16"}  # fmt: skip
+        if key not in right:
+            raise BadInput(f"'{key}' is no option of a scheme{suggest(key, OPTIONS)}; there are {', '.join(OPTIONS)}")
+        raise BadInput(f"{key}={value}: write {right[key]}")
+
     def with_group(self, size: int) -> "Scheme":
         """The same scheme with another group_size; -1 means one scale per row."""
         if size != -1 and size < 1:
@@ -146,6 +182,12 @@ class Scheme:
                 near = max((p for p in powers if p <= self.grain.size), default=max(divisors(k)[:-1]))
                 raise BadInput(f"group_size={self.grain.size} does not divide the {k} inputs; group_size={near} does")
             return k // self.grain.size
+        if isinstance(self.grain, Block):
+            if k % self.grain.columns:
+                near = math.gcd(k, whole or k, 1 << (self.grain.columns.bit_length() - 1))
+                own = f"block_structure={self.grain.rows}x"
+                raise BadInput(f"{own}{self.grain.columns} does not divide the {k} inputs; {own}{near} does")
+            return k // self.grain.columns
         return 1
 
     def bytes(self, shape: tuple[int, ...], scale_bytes: int = 2) -> int:
@@ -153,7 +195,8 @@ class Scheme:
         rows, k = 1, shape[-1]
         for extent in shape[:-1]:
             rows *= extent
-        scales = rows * self.scales_per_row(k)
+        tiles = {Tensor: 1, Block: -(-rows // getattr(self.grain, "rows", 1))}.get(type(self.grain), rows)
+        scales = tiles * self.scales_per_row(k)
         if isinstance(self.scale, Scheme):
             small = self.scale.bits * (1 if self.symmetric else 2)
             over = rows * k // 256 * (2 if self.symmetric else 4)
@@ -167,6 +210,7 @@ class Scheme:
     def explain(self) -> str:
         """The scheme in a sentence, for lists."""
         per = {Tensor: "tensor", Row: "row", Token: "token"}.get(type(self.grain), f"group of {self.group_size}")
+        per = f"block of {self.grain.rows}x{self.grain.columns}" if isinstance(self.grain, Block) else per
         kind = f"{self.planes} planes of {self.table}" if self.planes > 1 else self.table or "symmetric"
         text = f"{self.bits}-bit {kind if self.symmetric else 'asymmetric'} weights, one scale per {per}"
         if self.activations is None:
@@ -182,7 +226,7 @@ class Scheme:
         if name.startswith(("NV", "FP")):
             return name
         name += "_ASYM" if not self.symmetric and not self.nested else ""
-        size = -1 if isinstance(self.grain, Row) else self.group_size
+        size = -1 if isinstance(self.grain, Row | Tensor) else self.by_rows.group_size
         return name if size == 128 else f"{name},group_size={size}"
 
     @property
@@ -197,16 +241,19 @@ class Scheme:
         if short != "fp16" and self.kind != "fp":
             return f"{replace(self, scale='float16')},scale={short}"
         size = -1 if isinstance(self.grain, Row) else self.group_size
+        grain = "strategy=tensor" if isinstance(self.grain, Tensor) else f"group_size={size}"
+        if isinstance(self.grain, Block):
+            grain = f"block_structure={self.grain.rows}x{self.grain.columns}"
         for name, preset in PRESETS.items():
             if preset == self:
                 return name
-            if size is not None and not preset.fixed and replace(preset, grain=self.grain) == self:
-                return f"{name},group_size={size}"
+            if not isinstance(self.grain, Token) and not preset.fixed and replace(preset, grain=self.grain) == self:
+                return f"{name},{grain}"
         return f"custom:{self!r}"
 
     @classmethod
     def parse(cls, text: str) -> "Scheme":
-        """Read "W4A16_ASYM" or "W4A16_ASYM,group_size=64" (group_size=-1: one scale per row).
+        """Read "W4A16_ASYM", "W4A16_ASYM,group_size=64" (-1: one scale per row) or "W8A16,block_structure=128x128".
 
         Raises:
             BadInput: not a known spelling; the message has the nearest.
@@ -215,83 +262,22 @@ class Scheme:
         if name not in PRESETS:
             raise BadInput(f"unknown scheme '{name}'{suggest(name.upper(), PRESETS)}; there are: {', '.join(PRESETS)}")
         scheme = PRESETS[name]
-        for option in options:
-            key, _, value = option.strip().partition("=")
-            if key in ("group_size", "rank") and re.fullmatch(r"-?\d+" if key == "group_size" else r"\d+", value):
-                scheme = scheme.with_group(int(value)) if key == "group_size" else replace(scheme, rank=int(value))
-            elif key == "scale":
-                scheme = scheme.with_scale(value)
-            else:
-                raise BadInput(f"scheme '{text}': after the name only group_size=N, scale=KIND and rank=R may follow")
+        keys = [option.partition("=")[0].strip() for option in options]
+        one_grain(keys)
+        for key, option in zip(keys, options, strict=True):
+            scheme = scheme.option(key, option.partition("=")[2].strip())
         return scheme
 
-    def to_compressed_tensors(self) -> dict[str, Any]:
-        """The scheme as a compressed-tensors config group (without targets).
 
-        Raises:
-            Unsupported: QuantizationArgs has no words for it (schemes as scales, several planes, codebooks).
-        """
-        unsaid = self.planes != 1 or self.nested or self.kind == "codebook" or self.table == "e5m2" or self.rank
-        small = self.kind == "int" and self.scale in ("float8_e4m3fn", "e8m0")
-        if unsaid or small or (self.table == "e2m1" and not self.fixed):
-            near = self.near + (" without lowrank" if self.rank else "")
-            raise Unsupported(f"compressed-tensors cannot say the scheme {self}; the nearest that it can is {near}")
-        weights: dict[str, Any] = {
-            "num_bits": self.bits, "type": "float" if self.kind == "fp" else "int", "symmetric": self.symmetric,
-            "dynamic": self.dynamic, "strategy": _STRATEGY[type(self.grain)], "group_size": self.group_size,
-        }  # fmt: skip
-        if self.scale == "float8_e4m3fn":
-            weights |= {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
-        if self.scale == "e8m0":
-            weights |= {"scale_dtype": "torch.uint8"}
-        if self.kind == "int" and self.scale in ("bfloat16", "float32"):
-            weights |= {"scale_dtype": f"torch.{self.scale}"}
-        if isinstance(self.grain, Block):
-            weights["block_structure"] = [self.grain.rows, self.grain.columns]
-        group: dict[str, Any] = {"weights": weights, "input_activations": None}
-        if self.activations is not None:
-            group["input_activations"] = self.activations.to_compressed_tensors()["weights"]
-        return group
-
-    @classmethod
-    def from_compressed_tensors(cls, group: dict[str, Any]) -> "Scheme":
-        """The opposite: a config group of a `quantization_config` as a Scheme. Raises Unsupported for float types."""
-        args = group["weights"]
-        strategy, size = args.get("strategy"), args.get("group_size")
-        grains: dict[str, Grain] = {"tensor": Tensor(), "channel": Row(), "token": Token()}
-        float_ = args.get("type", "int") == "float"
-        if strategy == "tensor_group":
-            grain: Grain = Group(int(size))
-        elif strategy == "block":
-            grain = Block(*args["block_structure"])
-        elif strategy == "group" or (strategy is None and size):
-            grain = Group(int(size))
-        elif strategy in grains:
-            grain = grains[strategy]
-        else:
-            raise Unsupported(
-                f"quantization strategy '{strategy}' is not read; tensor, channel, token, group, block are"
-            )
-        activations = group.get("input_activations")
-        if float_:
-            tables, small = {8: "e4m3", 4: "e2m1"}, args["num_bits"] == 4
-            if args["num_bits"] not in tables or activations:
-                raise Unsupported(f"float weights {args} are not read; FP8A16, NVFP4A16 and MXFP4A16 are")
-            scale = ("float8_e4m3fn" if strategy == "tensor_group" else "e8m0") if small else "float16"
-            return cls(args["num_bits"], "fp", grain, scale=scale, table=tables[args["num_bits"]])
-        said = str(args.get("scale_dtype") or "").removeprefix("torch.")
-        return cls(
-            bits=args["num_bits"],
-            grain=grain,
-            scale=said if said in ("bfloat16", "float32") else "float16",
-            symmetric=args.get("symmetric", True),
-            dynamic=args.get("dynamic", False) is True,
-            activations=None if activations is None else cls.from_compressed_tensors({"weights": activations}),
-        )
+def one_grain(keys: Collection[str]) -> None:
+    """Raise BadInput where options say twice what shares a scale."""
+    said = [key for key in OPTIONS[:3] if key in keys]
+    if len(said) > 1:
+        raise BadInput(f"{' and '.join(said)} both say which weights share a scale: give one of them")
 
 
+OPTIONS = ("group_size", "strategy", "block_structure", "scale", "rank")  # of a scheme, after its name
 SCALES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp8": "float8_e4m3fn", "e8m0": "e8m0"}
-_STRATEGY = {Tensor: "tensor", Row: "channel", Token: "token", Group: "group", Block: "block"}
 _TOKEN8 = Scheme(8, grain=Token(), dynamic=True)
 _TENSOR8 = Scheme(8, grain=Tensor(), symmetric=False)
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wherry import shelf
 from wherry.errors import Error
 from wherry.report import Report
 
@@ -35,10 +34,10 @@ def inspect(model: str | Path, target: str | None, default_recipe: Callable[[Any
     if target:
         from wherry.recipe import Plan, Recipe
 
-        module, packed = shelf.find("formats", target), any(checkpoint.scheme(name) for name in checkpoint.names())
+        packed = any(checkpoint.scheme(name) for name in checkpoint.names())
         made = Plan.of(checkpoint) if packed else Recipe.parse(default_recipe(checkpoint)).plan(checkpoint)
         try:
-            notes = module.check(made)
+            notes = made.legal(target)
             what = checkpoint.recipe or "these schemes" if packed else made.recipe
             report.add("target", target, True, note=f"can hold {what}; {len(notes)} notes")
         except Error as error:

@@ -100,7 +100,9 @@ def test_a_captured_module_is_the_module_and_batch_norm_is_gone(graph):
 
 
 @pytest.mark.parametrize("recipe", [STATIC, "gptq:scheme=W8A8_STATIC,bias_correction=true", "rtn:scheme=W8A8",
-                                    "rtn:scheme=W8A16,group_size=-1"])  # fmt: skip
+                                    "rtn:scheme=W8A16,group_size=-1", "best:scheme=W8A8_STATIC", "gptq:scheme=W8A8",
+                                    "gptq:scheme=W8A16,group_size=-1",
+                                    "rtn:scheme=W8A8_STATIC,strategy=tensor"])  # fmt: skip
 def test_every_recipe_passes_its_proof_and_stays_near(graph, tmp_path, recipe):
     report = compress(graph, tmp_path / "out", recipe)
     assert report.get("verdict").value == "PASS"

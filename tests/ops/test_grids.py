@@ -189,7 +189,7 @@ def test_every_scheme_that_they_can_say_decodes_as_theirs(name: str) -> None:
     state = layout.parts(q)
     if q.scheme.kind == "int":
         state["weight_scale"] = state["weight_scale"].float()
-    theirs = QuantizationScheme(targets=["Linear"], **q.scheme.to_compressed_tensors())
+    theirs = QuantizationScheme(targets=["Linear"], **layout.words(q.scheme))
     plain = BaseCompressor.get_value_from_registry(layout.form(q.scheme)).decompress(state, theirs)
     near = 0 if q.scheme.kind == "int" else 2**-8
     torch.testing.assert_close(plain["weight"].float(), q.decode(), rtol=near, atol=0)
@@ -199,7 +199,7 @@ def test_every_scheme_that_they_can_say_decodes_as_theirs(name: str) -> None:
 def test_float_grids_decode_as_compressed_tensors_does(name: str) -> None:
     q = rtn(name, weight())
     form = layout.form(q.scheme)
-    theirs = QuantizationScheme(targets=["Linear"], **q.scheme.to_compressed_tensors())
+    theirs = QuantizationScheme(targets=["Linear"], **layout.words(q.scheme))
     plain = BaseCompressor.get_value_from_registry(form).decompress(layout.parts(q), theirs)
     torch.testing.assert_close(plain["weight"].float(), q.decode(), rtol=2**-8, atol=0)  # theirs computes in bfloat16
 
@@ -230,7 +230,7 @@ def test_blocks_and_whole_tensors_of_others_are_read_as_they_read_them(
     """Files of compressed-tensors with one scale for 16 x 32 weights, or for all: decoded as by its own package."""
     grain = {"strategy": "tensor"} if kind == "tensor" else {"strategy": "block", "block_structure": [16, 32]}
     group = {"weights": {"num_bits": bits, "type": number, "symmetric": True, **grain}, "targets": ["Linear"]}
-    theirs, scheme = QuantizationScheme(**group), Scheme.from_compressed_tensors(group)
+    theirs, scheme = QuantizationScheme(**group), layout.from_words(group)
     w = weight(rows, 128)
     most = 448.0 if number == "float" else 2 ** (bits - 1) - 1
     held = -(-rows // 16)

@@ -19,7 +19,7 @@ from wherry.recipe import Recipe
     ],
 )
 def test_what_it_stands_for(text: str, steps: list[str], tmp_path) -> None:
-    recipe = Recipe.parse(text)
+    recipe = Recipe.parse(text).spelled(graph=False)
     assert [step.method for step in recipe.steps] == steps
     assert Recipe.parse(str(recipe)) == recipe
     file = tmp_path / "recipe.yaml"
@@ -27,9 +27,22 @@ def test_what_it_stands_for(text: str, steps: list[str], tmp_path) -> None:
     assert Recipe.parse(str(file)) == recipe
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("best:scheme=W8A8_STATIC", "gptq:scheme=W8A8_STATIC,bias_correction=true"),
+        ("best:scheme=W4A16,group_size=32,iters=9,ignore=a", "gptq:scheme=W4A16,group_size=32,ignore=a"),
+        ("best:scheme=W8A8_STATIC,attention=true,activation_observer=entropy",
+         "gptq:scheme=W8A8_STATIC,activation_observer=entropy,attention=true,bias_correction=true"),
+    ],
+)  # fmt: skip
+def test_on_graphs_it_is_another(text: str, wanted: str) -> None:
+    assert Recipe.parse(text).spelled(graph=True) == Recipe.parse(wanted)
+
+
 def test_knobs_are_handed_on() -> None:
     recipe = Recipe.parse("best:scheme=W4A16,group_size=64,iters=500,embedding=keep,ignore=a;b,portable=false")
-    first, last = recipe.steps
+    first, last = recipe.spelled(graph=False).steps
     assert first.iters == 500
     assert last.epochs == 20
     assert first.ignore == ("a", "b")

@@ -1,13 +1,19 @@
 """Mixed precision: the budget holds, sensitive weights get more bits, and it beats one scheme for all."""
 
+import math
+import re
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
+from gguf import GGUFReader
+from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import write_llama
 from tests.engine.test_gaits import batches, compress, divergence
+from wherry import api, deliver, shelf
 from wherry.checkpoint import Checkpoint
 from wherry.engine.assign import information
 from wherry.errors import BadInput, Unsupported
@@ -71,6 +77,56 @@ def test_what_cannot_be_is_said_before_any_work(tiny_llama: Path, tmp_path: Path
         Recipe.parse(f"mixed:schemes=W4A16;W8A16_ASYM,bits=5 | {SOLVER}").plan(checkpoint, ("gguf",))
     with pytest.raises(BadInput, match="super-blocks of 256"):
         Recipe.parse(f"mixed:schemes=Q4_K;Q6_K,bits=5 | {SOLVER}").plan(checkpoint)
-    with pytest.raises(BadInput, match="raise the budget"):
+    with pytest.raises(BadInput, match="smallest schemes take 2.525 in compressed_tensors; raise it"):
         compress(tiny_llama, f"mixed:bits=1.5 | {SOLVER}", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(BadInput, match="two budgets"):
+        Recipe.parse(f"mixed:bits=4,size=1MB | {SOLVER}")
+    with pytest.raises(BadInput, match="no size; write 100MB"):
+        Recipe.parse(f"mixed:size=lots | {SOLVER}")
+
+
+FILES = {
+    "compressed_tensors": lambda out: sum(
+        sum(t.nbytes for t in load_file(file).values()) for file in out.glob("*.safetensors")
+    ),
+    "gguf": lambda out: sum(int(t.n_bytes) for t in GGUFReader(next((out / "gguf").glob("*.gguf"))).tensors),
+    "onnx": lambda out: sum(
+        numpy_helper.to_array(t).nbytes
+        for t in onnx.load(out / "onnx" / "model.onnx").graph.initializer
+        if not t.name.endswith("_cache")  # sines and cosines of positions
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", [
+    "rtn:scheme=W4A16_ASYM,group_size=32", "rtn:scheme=W3A16,group_size=64", "rtn:scheme=W8A16,group_size=32",
+    "rtn:scheme=W4A16,group_size=32,embedding=keep", "rtn:scheme=W3A16_ASYM,block_structure=16x32",
+])  # fmt: skip
+def test_bytes_are_those_of_the_files(recipe: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """What each format says that its tensors take, against foreign readers of what it wrote."""
+    plan = Recipe.parse(recipe).plan(Checkpoint.open(tiny_llama), ("gguf", "onnx"))
+    deliver.deliver(plan, tmp_path / "out", ("gguf", "onnx"), [], {}, lambda result: None, api.quiet)
+    for name, measured in FILES.items():
+        said = sum(shelf.find("formats", name).bytes_of(plan, row) for row in plan.rows)
+        assert said <= measured(tmp_path / "out") <= said + (200 if name == "onnx" else 0)  # scalars of the graph
+
+
+def test_a_budget_of_bytes_is_kept_in_every_file(uneven: Path, tmp_path: Path) -> None:
+    """Three bits take four in GGUF: there nothing is won by them, and the file stays below what was asked."""
+    checkpoint, solver = Checkpoint.open(uneven), "rtn:scheme=W4A16,group_size=32"
+    forms = ("gguf", "onnx")
+    schemes = "schemes=W2A16;W3A16;W4A16;W8A16"
+    with pytest.raises(BadInput, match=r"in (gguf|onnx)") as said:
+        Recipe.parse(f"mixed:{schemes},size=1kB | {solver}").plan(checkpoint, forms)
+    least = float(re.search(r"take ([\d.]+)MB", str(said.value))[1])
+    for more in (1.0, 1.15, 1.3):
+        text, out = f"{math.ceil(1e3 * least * more)}kB", tmp_path / f"out-{more}"
+        plan = Recipe.parse(f"mixed:{schemes},size={text} | {solver}").plan(checkpoint, forms)
+        deliver.deliver(plan, out, forms, batches(), {}, lambda result: None, api.quiet)
+        for name in forms:
+            assert FILES[name](out) <= math.ceil(1e3 * least * more) * 1e3 + (200 if name == "onnx" else 0)
+        made = Checkpoint.open(out)
+        taken = {row["scheme"].split(",")[0] for row in made.plan if row["role"] == "linear" and row["scheme"]}
+        assert taken <= {"W2A16", "W4A16", "W8A16"} or more == 1.0
+        assert any("for the 14 weights that step 1 chose for" in note for row in made.plan for note in row["notes"])

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from wherry.budget import budgets, chosen_for
 from wherry.engine.tune import distance
 from wherry.journal import Units
 from wherry.recipe import Plan, PlanRow, Progress
@@ -20,22 +21,25 @@ def run(plan: Plan, journal: Units, batches: list[Batch], progress: Progress) ->
     for number, step in enumerate(plan.recipe.steps):
         if not hasattr(step, "assign"):
             continue
-        rows = [row for row in plan.rows if row.scheme and row.role == "linear" and step.wants(row.name)]
+        rows, limits = chosen_for(plan, step), budgets(plan, step)
         options = [step.choices(row.scheme) for row in rows]  # type: ignore[attr-defined]
         file = journal.folder / f"assigned-{number}.json"
         if not file.exists():
             progress(0, 1, "sensitivity of every weight")
             costs = sensitivities(plan, step, rows, options, batches)
-            size = np.array([[8 * s.bytes(row.shape) for s in o] for row, o in zip(rows, options, strict=True)])
-            count = sum(row.shape[0] * row.shape[-1] for row in rows)
-            chosen = step.assign(costs, size.astype(float), count)
+            chosen = step.assign(costs, limits)
             fresh = file.with_suffix(".tmp")
             fresh.write_text(json.dumps([[int(c), float(costs[i, c])] for i, c in enumerate(chosen)]))
             fresh.replace(file)
-        for row, own, (c, cost) in zip(rows, options, json.loads(file.read_text()), strict=True):
+        picked = json.loads(file.read_text())
+        for row, own, (c, cost) in zip(rows, options, picked, strict=True):
             note = f"{own[c]} chosen by step {number + 1} ({step.method}); it costs {cost:.3g}"
             new = replace(row, scheme=own[c], after=own[c].bytes(row.shape), notes=(*row.notes, note))
             plan.rows[plan.rows.index(row)] = new
+        for limit in limits:
+            taken = sum(sizes[c] for sizes, (c, _) in zip(limit.sizes, picked, strict=True))
+            told = f"of {limit.most:,.0f} B for the {len(rows)} weights that step {number + 1} chose for"
+            plan.note(rows[0].name, f"{limit.format}: {taken:,.0f} B {told}")
 
 
 def sensitivities(

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wherry.scheme import Group, Row, Scheme, Tensor
+from wherry.scheme import Block, Group, Row, Scheme, Tensor
 
 ERROR_FACTOR = 4.0  # times the error that a grid of these steps has, at most
 ERROR_FLOOR = 0.01  # of the weight's norm: scales rounded to 7 bits, fp16
@@ -75,7 +75,19 @@ def size(scheme: Scheme, shape: tuple[int, ...]) -> int | None:
         return scheme.grain.size if shape[-1] % (scheme.grain.size * over) == 0 else None
     if isinstance(scheme.grain, Row):
         return shape[-1]
+    if isinstance(scheme.grain, Block):
+        fits = len(shape) == 2 and shape[-1] % scheme.grain.columns == 0
+        return min(scheme.grain.rows, shape[0]) * scheme.grain.columns if fits else None
     return int(np.prod(shape)) if isinstance(scheme.grain, Tensor) else None
+
+
+def laid(x: np.ndarray, scheme: Scheme | None) -> np.ndarray:
+    """The weights of each tile side by side, [tiles, rows * columns] with zeros for missing rows; else as they are."""
+    if scheme is None or not isinstance(scheme.grain, Block) or size(scheme, x.shape) is None:
+        return x
+    high, wide = min(scheme.grain.rows, len(x)), scheme.grain.columns
+    x = np.pad(x, ((0, -len(x) % high), (0, 0)))
+    return x.reshape(len(x) // high, high, -1, wide).swapaxes(1, 2).reshape(-1, high * wide)
 
 
 def rounded(w: np.ndarray, scheme: Scheme, group: int) -> tuple[np.ndarray, np.ndarray]:
@@ -126,6 +138,7 @@ def compare(w: np.ndarray, v: np.ndarray, scheme: Scheme | None) -> Comparison:
     if scheme is None or group is None:
         most = FLOAT_ERROR if scheme is None else ERROR_MOST
         return Comparison(error, most, slope, 1 - most, 1 + most, back, 1 / (1 - most))
+    w, v = laid(w, scheme), laid(v, scheme)
     plain, step = rounded(w, scheme, group)
     anew = nearest(w, v, group)
     clipped = inside(w, v, group) <= inside(w, anew, group) + RETURN_MORE  # what is missing was cut off, not scaled
@@ -204,7 +217,8 @@ def off_grid(v: np.ndarray, scheme: Scheme, seed: int = 0) -> str:
     group = size(scheme, v.shape)
     if group is None:
         return ""
-    rows = v.reshape(-1, v.shape[-1])
+    rows = laid(v, scheme)
+    rows = rows.reshape(-1, rows.shape[-1])
     if len(rows) > SAMPLED_ROWS and not isinstance(scheme.grain, Tensor):
         rows = rows[np.sort(np.random.default_rng(seed).permutation(len(rows))[:SAMPLED_ROWS])]
     ordered = np.sort(rows.reshape(-1, group), axis=-1)
@@ -223,7 +237,8 @@ def unrounded_scales(v: np.ndarray, scheme: Scheme, seed: int = 0) -> str:
     group = size(scheme, v.shape)
     if group is None or group < (16 if scheme.bits <= 4 else 32) or scheme.nested:
         return ""  # wider codes seldom are neighbours in a small group
-    rows = v.reshape(-1, v.shape[-1])
+    rows = laid(v, scheme)
+    rows = rows.reshape(-1, rows.shape[-1])
     if len(rows) > SAMPLED_ROWS and not isinstance(scheme.grain, Tensor):
         rows = rows[np.sort(np.random.default_rng(seed).permutation(len(rows))[:SAMPLED_ROWS])]
     gaps = np.diff(np.sort(rows.reshape(-1, group), axis=-1), axis=-1).astype(np.float64)
@@ -248,9 +263,9 @@ def lost_scales(v: np.ndarray, scheme: Scheme, w: np.ndarray | None) -> int | No
     group = size(scheme, v.shape)
     if group is None or group == 1:
         return 0
-    flat = np.ptp(v.reshape(-1, group), axis=-1) == 0
+    flat = np.ptp(laid(v, scheme).reshape(-1, group), axis=-1) == 0
     if not flat.any():
         return 0
     if w is None:
         return None
-    return int((flat & (np.ptp(w.reshape(-1, group), axis=-1) > TINY_RANGE)).sum())
+    return int((flat & (np.ptp(laid(w, scheme).reshape(-1, group), axis=-1) > TINY_RANGE)).sum())

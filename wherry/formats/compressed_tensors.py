@@ -13,6 +13,7 @@ that their 8-bit codes mean; the scales that give the codes back are in `embeddi
 """
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Container, Iterator
@@ -28,7 +29,7 @@ from wherry.errors import Corrupt, Unsupported
 from wherry.locate import license_of, name_of
 from wherry.ops import layout
 from wherry.ops.grid import encode as encode_by
-from wherry.recipe import Plan, Progress
+from wherry.recipe import Plan, PlanRow, Progress
 from wherry.scheme import QTensor, Scheme
 from wherry.task import Task
 from wherry.tensorfile import TensorFile
@@ -45,8 +46,19 @@ def check(plan: Plan) -> dict[str, str]:
     for row in plan.taken():
         assert row.scheme
         if row.role == "linear":
-            row.scheme.to_compressed_tensors()
+            layout.words(row.scheme)
     return {}
+
+
+def bytes_of(plan: Plan, row: PlanRow) -> int:
+    """Bytes of one tensor in the file, as `encode` and `encode_table` will lay it out."""
+    scheme = row.scheme
+    if scheme is None:
+        return row.after
+    if row.role != "linear":
+        return row.after + 2 * math.prod(row.shape[:-1]) * scheme.scales_per_row(row.shape[-1])
+    portable = row.step < 0 or plan.recipe.steps[row.step].portable
+    return layout.bytes_of(scheme, row.shape, 2 if scheme.bits <= 4 and portable else 4)
 
 
 def stock(plan: Plan) -> dict[str, str]:
@@ -99,7 +111,7 @@ def quantization_config(schemes: dict[str, Scheme], others: list[str]) -> dict[s
         layers = [name for name, own in schemes.items() if own == scheme]
         form = layout.form(scheme)
         formats.append(form)
-        words = {"weights": {"scheme": str(scheme)}} if form == "wherry" else scheme.to_compressed_tensors()
+        words = {"weights": {"scheme": str(scheme)}} if form == "wherry" else layout.words(scheme)
         groups[f"group_{i}"] = {
             "targets": [f"re:^{pattern}$" for pattern in patterns(layers)],
             **words,
@@ -122,7 +134,7 @@ def quantization_config(schemes: dict[str, Scheme], others: list[str]) -> dict[s
 def scheme_of(group: dict[str, Any]) -> Scheme:
     """The scheme of a config group, ours or in compressed-tensors' words."""
     own = group["weights"].get("scheme")
-    return Scheme.parse(own) if own else Scheme.from_compressed_tensors(group)
+    return Scheme.parse(own) if own else layout.from_words(group)
 
 
 def patterns(layers: list[str]) -> list[str]:
@@ -292,7 +304,7 @@ def decode(artifact: Artifact) -> Iterator[tuple[str, Any]]:
         if form == "wherry":  # nobody else reads it
             yield name, source.read(name).decode().numpy()  # type: ignore[union-attr]
             continue
-        group = scheme.to_compressed_tensors()
+        group = layout.words(scheme)
         state = {
             part: source.plain.read(f"{layer}.{part}") for part in PARTS if f"{layer}.{part}" in source.plain.where
         }

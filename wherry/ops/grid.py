@@ -6,13 +6,14 @@ Source: Jacob et al. 2018, arXiv:1712.05877 (affine quantization); the rounding 
 """
 
 from collections.abc import Callable
+from itertools import repeat
 
 import torch
 
-from wherry.errors import Unsupported
 from wherry.levels import levels
+from wherry.ops import tiles
 from wherry.ops.kquant import nested as nested_scales
-from wherry.scheme import Group, QTensor, Row, Scheme, values
+from wherry.scheme import QTensor, Scheme, values
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 PORTABLE_BITS = 7  # significant bits of a portable scale: 7 + 4 <= 11, what fp16 holds
@@ -81,8 +82,6 @@ def dependent(scheme: Scheme) -> bool:
 
 def grouped(w: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """View w [..., n, k] as [..., n, g, k/g]. Raises BadInput when the group does not divide k."""
-    if not isinstance(scheme.grain, Group | Row):
-        raise Unsupported(f"weights per {type(scheme.grain).__name__.lower()} are not implemented; use group or row")
     return w.unflatten(-1, (scheme.scales_per_row(w.shape[-1]), -1))
 
 
@@ -92,7 +91,10 @@ def fit(
     """Scale and zero of each group from its minimum and maximum; the scale is rounded by `rounding`, if any.
 
     Returns scale float32 [..., n, g] > 0 and zero int8 of the same shape (None when symmetric; a k-quant's minimum).
+    Rows that share a tile have the same, here and in `search` and `recover`.
     """
+    if scheme.tiled:
+        return tiles.fit(lambda each, one, _: fit(each, one, rounding), w, scheme)
     if scheme.table == "binary":
         return residual(w, scheme, rounding), None
     groups = grouped(w.float(), scheme)
@@ -135,6 +137,8 @@ def recover(
     """
     if scheme.kind != "int" or scheme.nested or scheme.planes > 1 or scheme.scale != "float16":
         return None
+    if scheme.tiled:
+        return tiles.fit(lambda each, one, _: recover(each, one, rounding), w, scheme)
     groups = grouped(w.float(), scheme)
     if groups.ndim == 3 and len(groups) > 8 and not _on_grid(groups[:4], scheme, rounding)[2].any():
         return None
@@ -186,15 +190,23 @@ def search(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Scale and zero of each group whose range, shrunk by 1 to `least`, gives the smallest weighted squared error.
 
-    importance: [k], weight of each input's error (the diagonal of the Hessian), or None for plain squared error.
+    importance: [k] or [n, k], weight of each error (the diagonal of the Hessian), or None for plain squared error.
     norm: power of the error in place of 2; a higher one clips less.
     Source: the search of llm-compressor's observers memoryless_mse and imatrix_mse. Cost: `steps` roundings of w.
     """
+    if scheme.tiled:
+        return tiles.fit(
+            lambda each, one, weight: search(each, one, rounding, weight, least, steps, norm), w, scheme, importance
+        )
     if scheme.table == "binary":
         return residual(w, scheme, rounding, importance), None
     rows = max(1, (CPU_CHUNK if w.device.type == "cpu" else DEVICE_CHUNK) // w.shape[-1])
     if not dependent(scheme) and w.ndim == 2 and len(w) > rows:
-        found = [search(part, scheme, rounding, importance, least, steps, norm) for part in w.split(rows)]
+        each = importance.split(rows) if importance is not None and importance.ndim == 2 else repeat(importance)
+        found = [
+            search(part, scheme, rounding, own, least, steps, norm)
+            for part, own in zip(w.split(rows), each, strict=False)
+        ]
         zeros = [zero for _, zero in found if zero is not None]
         return torch.cat([scale for scale, _ in found]), torch.cat(zeros) if zeros else None
     groups = grouped(w.float(), scheme)

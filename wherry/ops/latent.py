@@ -16,7 +16,7 @@ import torch
 
 from wherry.errors import Diverged, Unsupported
 from wherry.levels import levels
-from wherry.ops import grid
+from wherry.ops import grid, tiles
 from wherry.ops.solve import neutral
 from wherry.scheme import QTensor
 
@@ -56,7 +56,7 @@ class Latent:
 
     def scale(self) -> torch.Tensor:
         """Scales [..., n, g], rounded as they will be stored; gradients pass straight through the rounding."""
-        free = self.q.scale * self.a.exp()
+        free = self.q.scale * tiles.shared(self.a, self.q.scheme).exp()
         if self.rounding is None:
             return free
         return free + (self.rounding(free.detach()) - free.detach())

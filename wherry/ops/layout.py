@@ -13,17 +13,19 @@ Source: compressed-tensors 0.20, compressors/*; ggml for k-quants (kquant.py).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from wherry.errors import Unsupported
 from wherry.levels import levels
-from wherry.ops import kquant
+from wherry.ops import kquant, tiles
 from wherry.ops.pack import pack, unpack
-from wherry.scheme import Block, QTensor, Scheme, Tensor
+from wherry.scheme import Block, Grain, Group, QTensor, Row, Scheme, Tensor, Token
 
 SMALL = ("float8_e4m3fn", "e8m0")  # scales of one byte
 ZERO = 7  # place of 0 among the 15 levels of e2m1
+STRATEGY = {Tensor: "tensor", Row: "channel", Token: "token", Group: "group", Block: "block"}
 
 
 def form(scheme: Scheme) -> str:
@@ -37,6 +39,66 @@ def form(scheme: Scheme) -> str:
         own = "float-quantized" if scheme.table == "e4m3" else "wherry"
         return names.get(str(scheme.scale), own)
     return "pack-quantized" if scheme.activations is None or scheme.bits < 8 else "int-quantized"
+
+
+def words(scheme: Scheme) -> dict[str, Any]:
+    """The scheme as a compressed-tensors config group (without targets).
+
+    Raises:
+        Unsupported: QuantizationArgs has no words for it (schemes as scales, several planes, codebooks).
+    """
+    unsaid = scheme.planes != 1 or scheme.nested or scheme.kind == "codebook" or scheme.table == "e5m2" or scheme.rank
+    small = scheme.kind == "int" and scheme.scale in SMALL
+    if unsaid or small or (scheme.table == "e2m1" and not scheme.fixed):
+        near = scheme.near + (" without lowrank" if scheme.rank else "")
+        raise Unsupported(f"compressed-tensors cannot say the scheme {scheme}; the nearest that it can is {near}")
+    weights: dict[str, Any] = {
+        "num_bits": scheme.bits, "type": "float" if scheme.kind == "fp" else "int", "symmetric": scheme.symmetric,
+        "dynamic": scheme.dynamic, "strategy": STRATEGY[type(scheme.grain)], "group_size": scheme.group_size,
+    }  # fmt: skip
+    if scheme.scale == "float8_e4m3fn":
+        weights |= {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
+    if scheme.scale == "e8m0":
+        weights |= {"scale_dtype": "torch.uint8"}
+    if scheme.kind == "int" and scheme.scale in ("bfloat16", "float32"):
+        weights |= {"scale_dtype": f"torch.{scheme.scale}"}
+    if isinstance(scheme.grain, Block):
+        weights["block_structure"] = [scheme.grain.rows, scheme.grain.columns]
+    group: dict[str, Any] = {"weights": weights, "input_activations": None}
+    if scheme.activations is not None:
+        group["input_activations"] = words(scheme.activations)["weights"]
+    return group
+
+
+def from_words(group: Mapping[str, Any]) -> Scheme:
+    """The opposite: a config group of a `quantization_config` as a Scheme. Raises Unsupported for float types."""
+    args = group["weights"]
+    strategy, size = args.get("strategy"), args.get("group_size")
+    grains: dict[str, Grain] = {"tensor": Tensor(), "channel": Row(), "token": Token()}
+    if strategy == "block":
+        grain: Grain = Block(*args["block_structure"])
+    elif strategy in ("group", "tensor_group") or (strategy is None and size):
+        grain = Group(int(size))
+    elif strategy in grains:
+        grain = grains[strategy]
+    else:
+        raise Unsupported(f"quantization strategy '{strategy}' is not read; {', '.join(STRATEGY.values())} are")
+    activations = group.get("input_activations")
+    if args.get("type", "int") == "float":
+        tables, four = {8: "e4m3", 4: "e2m1"}, args["num_bits"] == 4
+        if args["num_bits"] not in tables or activations:
+            raise Unsupported(f"float weights {args} are not read; FP8A16, NVFP4A16 and MXFP4A16 are")
+        scale = ("float8_e4m3fn" if strategy == "tensor_group" else "e8m0") if four else "float16"
+        return Scheme(args["num_bits"], "fp", grain, scale=scale, table=tables[args["num_bits"]])
+    said = str(args.get("scale_dtype") or "").removeprefix("torch.")
+    return Scheme(
+        bits=args["num_bits"],
+        grain=grain,
+        scale=said if said in ("bfloat16", "float32") else "float16",
+        symmetric=args.get("symmetric", True),
+        dynamic=args.get("dynamic", False) is True,
+        activations=None if activations is None else from_words({"weights": activations}),
+    )
 
 
 def nibbles(code: torch.Tensor) -> torch.Tensor:
@@ -62,10 +124,11 @@ def small(scale: torch.Tensor) -> dict[str, torch.Tensor]:
 def parts(q: QTensor) -> dict[str, torch.Tensor]:
     """The tensors that hold q on disk, by their names after the layer's."""
     scheme, kind = q.scheme, form(q.scheme)
-    exact = scheme.bits <= 4 and bool((q.scale == q.scale.half().float()).all())
-    scale = q.scale.to(torch.float16 if exact else torch.float32)
+    own = once(q.scale, scheme)
+    exact = scheme.bits <= 4 and bool((own == own.half().float()).all())
+    scale = own.to(torch.float16 if exact else torch.float32)
     if scheme.scale in ("bfloat16", "float32"):
-        scale = q.scale.to(getattr(torch, str(scheme.scale)))
+        scale = own.to(getattr(torch, str(scheme.scale)))
     thin: dict[str, torch.Tensor] = {}
     if q.left is not None and q.right is not None:
         thin = {"weight_left": q.left.half(), "weight_right": q.right.half()}
@@ -75,9 +138,9 @@ def parts(q: QTensor) -> dict[str, torch.Tensor]:
         value = torch.tensor(levels(scheme.table))[q.code.long() - scheme.qmin]
         return {"weight": value.to(torch.float8_e4m3fn), "weight_scale": scale}
     if kind == "nvfp4-pack-quantized":
-        return {"weight_packed": nibbles(q.code)} | small(q.scale)
+        return {"weight_packed": nibbles(q.code)} | small(own)
     if kind == "mxfp4-pack-quantized":
-        exponent = (torch.log2(q.scale).round() + 127).to(torch.uint8)
+        exponent = (torch.log2(own).round() + 127).to(torch.uint8)
         return {"weight_packed": nibbles(q.code), "weight_scale": exponent}
     out: dict[str, torch.Tensor] = {}
     if q.activation_scale is not None and q.activation_zero is not None:
@@ -87,13 +150,39 @@ def parts(q: QTensor) -> dict[str, torch.Tensor]:
     bits = scheme.bits * scheme.planes
     out |= {"weight_packed": pack(q.code, bits), "weight_scale": scale} | thin
     if scheme.scale == "float8_e4m3fn":
-        out |= small(q.scale)
+        out |= small(own)
     elif scheme.scale == "e8m0":
-        out["weight_scale"] = (torch.log2(q.scale).round() + 127).to(torch.uint8)
+        out["weight_scale"] = (torch.log2(own).round() + 127).to(torch.uint8)
     out["weight_shape"] = torch.tensor(q.shape, dtype=torch.int64)
     if q.zero is not None:
-        out["weight_zero_point"] = pack(q.zero.T.contiguous(), bits).T.contiguous()
+        zero = once(q.zero, scheme)  # of a tile it is never packed
+        out["weight_zero_point"] = zero if scheme.tiled else pack(zero.T.contiguous(), bits).T.contiguous()
     return out
+
+
+def once(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Scales or zeros [n, g] as a file holds them: one for each tile, [1] where there is one in all."""
+    held = tiles.once(scale, scheme)
+    return held.flatten() if isinstance(scheme.grain, Tensor) else held
+
+
+def bytes_of(scheme: Scheme, shape: Sequence[int], scale_bytes: int) -> int:
+    """Bytes of the parts of a weight [n, k], with the padding to int32 that packed codes have."""
+    n, k = shape[-2:]
+    kind, plain = form(scheme), scheme.bytes((n, k), scale_bytes)
+    if scheme.nested or kind == "mxfp4-pack-quantized":
+        return plain
+    if kind == "nvfp4-pack-quantized":
+        return plain + 4
+    if kind in ("int-quantized", "float-quantized"):
+        return plain + (5 if scheme.activations and not scheme.activations.dynamic else 0)
+    bits = scheme.bits * scheme.planes
+    padding = 4 * n * -(-k * bits // 32) - (n * k * bits + 7) // 8
+    if not scheme.symmetric:
+        scales = scheme.scales_per_row(k) * (-(-n // tiles.rows(scheme, n)))
+        exact = scales if scheme.tiled else 4 * -(-n * bits // 32) * scheme.scales_per_row(k)
+        padding += exact - (scales * bits + 7) // 8
+    return plain + padding + 16 + (4 if scheme.scale == "float8_e4m3fn" else 0)
 
 
 def whole(have: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
@@ -117,35 +206,34 @@ def whole(have: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
         from wherry.ops.grid import nearest
 
         code = nearest(have["weight"].float(), scheme).to(torch.int8)
-        return QTensor(scheme, code, spread(scale, code.shape, scheme))
+        return QTensor(scheme, code, by_rows(scale, code.shape, scheme))
     extra = (have.get("input_scale"), have.get("input_zero_point"))
     if "weight" in have and have["weight"].dtype == torch.int8:  # int-quantized, of any width where others wrote it
         code, zero = have["weight"], None if scheme.symmetric else have["weight_zero_point"]
-        zero = zero if zero is None else spread(zero, code.shape, scheme)
-        return QTensor(scheme, code, spread(scale, code.shape, scheme), zero, *extra)
+        zero = zero if zero is None else by_rows(zero, code.shape, scheme)
+        return QTensor(scheme, code, by_rows(scale, code.shape, scheme), zero, *extra)
     rows, k = have["weight_shape"].tolist()
     bits, zero = scheme.bits * scheme.planes, None
     if not scheme.symmetric:
-        zero = unpack(have["weight_zero_point"].T.contiguous(), bits, len(scale)).T.contiguous()
-        zero = spread(zero, (rows, k), scheme)
-    return QTensor(scheme, unpack(have["weight_packed"], bits, k), spread(scale, (rows, k), scheme), zero, *extra)
+        zero = have["weight_zero_point"]
+        zero = zero if scheme.tiled else unpack(zero.T.contiguous(), bits, len(scale)).T.contiguous()
+        zero = by_rows(zero.to(torch.int8), (rows, k), scheme)
+    return QTensor(scheme, unpack(have["weight_packed"], bits, k), by_rows(scale, (rows, k), scheme), zero, *extra)
 
 
-def spread(scale: torch.Tensor, shape: Sequence[int], scheme: Scheme) -> torch.Tensor:
+def by_rows(scale: torch.Tensor, shape: Sequence[int], scheme: Scheme) -> torch.Tensor:
     """Scales or zeros as a QTensor holds them [n, g]: one for each row, where a file has one for a block or a tensor.
 
     Raises Unsupported where blocks do not divide the inputs of a row, ValueError where rows are missing.
     """
     rows, k = shape[-2:]
-    if isinstance(scheme.grain, Tensor):
-        return scale.reshape(1, 1).expand(rows, 1).contiguous()
-    if not isinstance(scheme.grain, Block):
-        if scale.shape[-2] != rows:
-            raise ValueError(f"{scale.shape[-2]} rows of scales for {rows} rows of weights")
-        return scale
-    if k % scheme.grain.columns:
+    if isinstance(scheme.grain, Block) and k % scheme.grain.columns:
         raise Unsupported(f"blocks of {scheme.grain.columns} inputs do not divide a row of {k}")
-    return scale.repeat_interleave(scheme.grain.rows, 0)[:rows].contiguous()
+    scale = scale.reshape(1, -1) if isinstance(scheme.grain, Tensor) else scale
+    found = tiles.spread(scale, rows, scheme)
+    if found.shape[-2] != rows:
+        raise ValueError(f"{scale.shape[-2]} rows of scales for {rows} rows of weights")
+    return found
 
 
 def shape(name: str, found: tuple[int, ...], scheme: Scheme) -> tuple[int, ...]:

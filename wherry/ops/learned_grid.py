@@ -16,7 +16,7 @@ Cost:   about 15 elementwise operations per weight and step; memory: w, and a an
 import torch
 
 from wherry.errors import BadInput, Unsupported
-from wherry.ops import grid
+from wherry.ops import grid, tiles
 from wherry.scheme import QTensor, Scheme
 
 UNIT, UNIT_SCALE = 8.0, 2.0  # a step of 1e-3 moves a weight by 0.008 codes, a scale by 0.2%
@@ -45,6 +45,9 @@ def start(w: torch.Tensor, scheme: Scheme, rounding: grid.Rounding | None) -> tu
 
 def ternary(matrix: torch.Tensor, scheme: Scheme, rounding: grid.Rounding | None) -> torch.Tensor:
     """The scale of least squared error for codes -1, 0, 1: by Lloyd's iteration from 3/2 of the mean of |w|."""
+    if scheme.tiled:
+        found: tuple[torch.Tensor] = tiles.fit(lambda w, one, _: (ternary(w, one, rounding),), matrix, scheme)
+        return found[0]
     groups = grid.grouped(matrix, scheme).abs()
     s = 1.5 * groups.mean(-1)
     for _ in range(10):
@@ -78,7 +81,7 @@ class LearnedGrid(torch.nn.Module):
 
     def growth(self) -> torch.Tensor:
         """What scales were multiplied with since training began, [n, g]."""
-        return (UNIT_SCALE * self.a).exp().view_as(self.scale0)
+        return tiles.shared((UNIT_SCALE * self.a).view_as(self.scale0), self.scheme).exp()
 
     def scale(self) -> torch.Tensor:
         """Scales [n, g] as they will be stored."""
@@ -89,7 +92,7 @@ class LearnedGrid(torch.nn.Module):
         """Zeros [n, g], whole numbers within the codes."""
         if self.z is None:
             return None
-        free = self.z.view_as(self.scale0).clamp(self.scheme.qmin, self.scheme.qmax)
+        free = tiles.shared(self.z.view_as(self.scale0), self.scheme).clamp(self.scheme.qmin, self.scheme.qmax)
         return through(torch.round(free.detach()), free)
 
     def right_inverse(self, w: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from wherry.errors import Diverged
 from wherry.levels import levels
-from wherry.ops import grid
+from wherry.ops import grid, tiles
 from wherry.scheme import Scheme
 
 INNER = 32  # columns whose errors are paid one by one; those beyond get them as one product
@@ -195,39 +195,46 @@ def refit_codes(
     """`refit` for the codes [n, k] of any grid: scales [n, g] that bring them near `target`; planes stay."""
     if scheme.planes > 1:
         return scale
-    size = code.shape[-1] // scale.shape[-1]
+    size, ties = code.shape[-1] // scale.shape[-1], tiles.rows(scheme, len(code))
     if scheme.tabled:
         table = torch.tensor(levels(scheme.table), device=code.device)
-        return refit(target, table[code.long() - scheme.qmin], hessian, scale)
+        return refit(target, table[code.long() - scheme.qmin], hessian, scale, ties)
     if zero is None:
-        return refit(target, code, hessian, scale)
+        return refit(target, code, hessian, scale, ties)
     z = zero.float().repeat_interleave(size, 1)
     if scheme.minimum != "code":
-        return refit(target + z, code - scheme.qmin, hessian, scale)
-    return refit(target, code - z, hessian, scale)
+        return refit(target + z, code - scheme.qmin, hessian, scale, ties)
+    return refit(target, code - z, hessian, scale, ties)
 
 
 def refit(
-    w: torch.Tensor, q: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, ridge: float = 0.01, rows: int = 256
-) -> torch.Tensor:
+    w: torch.Tensor, q: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, ties: int = 1, ridge: float = 0.01,
+    rows: int = 256,
+) -> torch.Tensor:  # fmt: skip
     """Scales that lessen ||(W - S Q) X||^2 while the codes stay: for each row, least squares over its groups.
 
     Source: the scale update of COMQ (Zhang et al. 2024, arXiv:2403.07134), with all groups of a row together.
     Shapes: w, q [n, k] (q = code - zero); hessian [k, k], damped; scale [n, g] positive. Returns [n, g] positive.
+    ties: how many neighbouring rows share their scales; their normal equations are added.
     ridge: pull to the old scales, as a fraction of the mean diagonal of a row's normal equations.
     A scale that would leave half to twice its old value stays. Cost: O(n k^2 + n g^3) time, `rows` rows at a time.
     """
     groups, size = scale.shape[1], w.shape[1] // scale.shape[1]
     out = scale.clone()
-    for i in range(0, len(w), rows):
-        Q, old = q[i : i + rows].float(), scale[i : i + rows]
-        b = ((w[i : i + rows].float() @ hessian) * Q).unflatten(-1, (groups, size)).sum(-1)
+    for i in range(0, len(w), max(rows, ties) // ties * ties):
+        held = slice(i, i + max(rows, ties) // ties * ties)
+        Q, old = q[held].float(), scale[held]
+        b = ((w[held].float() @ hessian) * Q).unflatten(-1, (groups, size)).sum(-1)
         A = torch.empty(len(Q), groups, groups, device=Q.device)
         for j in range(groups):
             part = slice(j * size, (j + 1) * size)
             A[:, j] = ((Q[:, part] @ hessian[part]) * Q).unflatten(-1, (groups, size)).sum(-1)
+        if ties > 1:
+            A, b = (torch.stack([one.sum(0) for one in each.split(ties)]) for each in (A, b))
+            old = old[::ties]
         pull = ridge * A.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True)
         pull = torch.where(pull > 0, pull, torch.ones_like(pull))  # a row of zeros: any scale is as good
         s = torch.linalg.solve(A + torch.diag_embed(pull.expand(-1, groups)), b + pull * old)
-        out[i : i + rows] = torch.where((s > old / 2) & (s < old * 2), s, old)
+        s = torch.where((s > old / 2) & (s < old * 2), s, old)
+        out[held] = s.repeat_interleave(ties, 0)[: len(Q)]
     return out

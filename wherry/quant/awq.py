@@ -62,8 +62,10 @@ class AWQ(Pass):
         tried = (torch.ones_like(x), *(x**r / w ** (1 - r) for r in ratios), *(x**r for r in ratios[:-1]))
         best, least = torch.ones_like(x), torch.inf
         for s in (each / (each.max() * each.min()).sqrt() for each in tried):
-            E = grid.encode(W * s, self.scheme, *grid.fit(W * s, self.scheme, self.rounding)).decode() / s - W
-            loss = float(((E @ H) * E).sum())
+            loss = 0.0
+            for own in W.split([len(each) for each in ws]):
+                E = grid.encode(own * s, self.scheme, *grid.fit(own * s, self.scheme, self.rounding)).decode() / s - own
+                loss += float(((E @ H) * E).sum())
             if loss < least:
                 best, least = s, loss
         return best

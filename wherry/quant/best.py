@@ -5,7 +5,8 @@ Idea:   low     gptaq                 codes column by column, drift repaired
         medium  rounding              codes and scales learned block by block
         high    rounding | tune       then scales, norms and codes against the original's outputs
         Sums of planes cannot be learned, and where inputs too have 8 bits codes of 8 are no better learned: there it
-        is gptaq at every effort.
+        is gptaq at every effort. An ONNX graph has no blocks to learn: there it is gptq at every effort, and static
+        activations have their mean error taken from the biases.
 Shapes: those of its parts.
 Cost:   low about twice gptq; medium `iters` passes of every block over one batch; high 2 epochs of the whole model per
         100 iters more, and 40 bytes of memory per parameter.
@@ -15,8 +16,9 @@ Fails:  as its parts.
 from dataclasses import dataclass
 from typing import Literal
 
+from wherry import knobs
 from wherry.errors import BadInput
-from wherry.gait import EMBEDDING, Pass
+from wherry.gait import Pass
 
 EPOCHS = 0.04  # of tuning, per step of learning a block
 
@@ -32,13 +34,13 @@ class Best(Pass):
         if self.iters < 1:
             raise BadInput(f"best: iters={self.iters} is not a number of steps; 200 is the usual one")
 
-    def recipe(self) -> str:
-        """The recipe that it stands for."""
-        common = f"scheme={self.scheme}" + ("" if self.portable else ",portable=false")
-        for knob, patterns in (("targets", self.targets), ("ignore", self.ignore)):
-            common += f",{knob}={';'.join(patterns)}" if patterns else ""
-        common += f",embedding={self.embedding}" if self.embedding != EMBEDDING else ""
+    def recipe(self, graph: bool) -> str:
+        """The recipe that it stands for, on an ONNX graph or on a folder of transformers."""
+        common = knobs.spell(self, Pass.knobs(), ("scheme",)).partition(":")[2]
         whole = self.scheme.activations is not None and self.scheme.bits >= 8
+        static = self.scheme.activations is not None and not self.scheme.activations.dynamic
+        if graph:
+            return f"gptq:{common}" + (",bias_correction=true" if static and not self.bias_correction else "")
         if self.effort == "low" or self.scheme.planes > 1 or whole:
             return f"gptaq:{common}"
         learned = f"rounding:{common},iters={self.iters}"

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from wherry.errors import BadInput
-from wherry.ops import grid
+from wherry.ops import grid, tiles
 from wherry.ops.kquant import SUPER
 from wherry.recipe import Pass
 from wherry.scheme import QTensor, Scheme
@@ -39,7 +39,14 @@ class HQQ(Pass):
 
     def solve(self, w: torch.Tensor, stat: None = None, notes: list[str] | None = None) -> QTensor:
         """Codes of w [..., n, k] by its own values alone."""
-        scheme, rounding = self.scheme, self.rounding
+        return grid.encode(w, self.scheme, *self.fitted(w, self.scheme))
+
+    def fitted(self, w: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scales and zeros [..., n, g] of w [..., n, k]."""
+        if scheme.tiled:
+            scale, zero = tiles.fit(lambda each, one, _: self.fitted(each, one), w, scheme)
+            return scale, zero
+        rounding = self.rounding
         scale, zero = grid.fit(w, scheme, rounding)
         minimum = zero is not None and scheme.minimum != "code"  # a k-quant's, which is a float
         W, beta = grid.grouped(w.float(), scheme), self.beta
@@ -73,7 +80,7 @@ class HQQ(Pass):
             if rounding is not None:
                 scale, zero = grid.settled(scale, zero, scheme, rounding)
             beta *= self.kappa
-        return grid.encode(w, scheme, kept, kept_zero)
+        return kept, kept_zero
 
 
 def together(error: torch.Tensor, scheme: Scheme) -> torch.Tensor:

@@ -148,7 +148,7 @@ def run(
         assert isinstance(w, torch.Tensor)
         step = replace(steps[row.step], scheme=row.scheme or steps[row.step].scheme, portable=False)
         q = solved(step, w.float(), row, stats.get(name), name in watched, notes[name])
-        results[name] = q
+        results[name] = replace(q, scheme=q.scheme.by_rows)
         facts.append(fact(row, w, q, notes[name]))
     if seen is not None and any(step.bias_correction for step in steps):
         bias.correct(source, static, results, seen)

@@ -73,8 +73,9 @@ def run(session: object, names: Sequence[str], batch: dict[str, np.ndarray]) -> 
     wanted = [value.name for value in session.get_inputs()]  # type: ignore[attr-defined]
     if missing := [name for name in wanted if name not in batch]:
         raise BadInput(f"the calibration data lack the input '{missing[0]}'; they have: {', '.join(batch)}")
-    try:
-        found = session.run([n for n in names if n not in batch], {n: batch[n] for n in wanted})  # type: ignore[attr-defined]
+    inner = [name for name in names if name not in batch]
+    try:  # a runtime that is asked for nothing raises
+        found = session.run(inner, {n: batch[n] for n in wanted}) if inner else []  # type: ignore[attr-defined]
     except Exception as error:  # the wheel's kinds have no common base but Exception
         shapes = ", ".join(f"{name} {batch[name].dtype} {list(batch[name].shape)}" for name in wanted)
         raise BadInput(

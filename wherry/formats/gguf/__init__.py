@@ -19,7 +19,7 @@ from wherry.formats.gguf.names import config_of, norm_lift, order, tensor_names
 
 if TYPE_CHECKING:
     from wherry.checkpoint import Checkpoint
-    from wherry.recipe import Plan, Progress
+    from wherry.recipe import Plan, PlanRow, Progress
 
 
 def check(plan: "Plan") -> dict[str, str]:
@@ -27,6 +27,13 @@ def check(plan: "Plan") -> dict[str, str]:
     from wherry.formats.gguf import write
 
     return write.check(plan)
+
+
+def bytes_of(plan: "Plan", row: "PlanRow") -> int:
+    """Bytes of one tensor in the file."""
+    from wherry.formats.gguf import write
+
+    return write.bytes_of(plan, row)
 
 
 def save(checkpoint: "Checkpoint", out: Path, progress: "Progress") -> Artifact:

@@ -55,6 +55,13 @@ def kind_of(scheme: Scheme, shape: tuple[int, ...]) -> str:
     return "Q8_0" if scheme.bits > 4 else "Q4_0" if scheme.symmetric else "Q4_1"
 
 
+def row_bytes(kind: str, k: int) -> int:
+    """Bytes of a row of k weights in blocks of that kind."""
+    if kind in kquant.BYTES:
+        return k // kquant.SUPER * kquant.BYTES[kind]
+    return k // (WIDE if kind == "TQ2_0" else BLOCK) * BYTES[kind]
+
+
 def note_of(scheme: Scheme, kind: str) -> str:
     """What a person should know of a scheme that fits a kind of block, or an empty string."""
     notes = [f"its correction of rank {scheme.rank} is a LoRA adapter beside the file"] if scheme.rank else []

@@ -17,7 +17,7 @@ from wherry.artifact import Artifact
 from wherry.checkpoint import Checkpoint
 from wherry.errors import Exhausted, Unsupported
 from wherry.formats.gguf import adapter
-from wherry.formats.gguf.blocks import BLOCK, BYTES, WIDE, kind_of, note_of, pack
+from wherry.formats.gguf.blocks import BLOCK, BYTES, kind_of, note_of, pack, row_bytes
 from wherry.formats.gguf.names import (
     ARCHS,
     ROPE_FREQS,
@@ -33,7 +33,7 @@ from wherry.formats.gguf.names import (
 )
 from wherry.formats.gguf.vocabulary import Vocabulary, vocabulary
 from wherry.ops import kquant
-from wherry.recipe import Plan, Progress
+from wherry.recipe import Plan, PlanRow, Progress
 from wherry.scheme import QTensor
 
 CACHES = {"int8": "q8_0", "int4": "q4_0"}  # kv cache: what llama.cpp calls it
@@ -95,6 +95,16 @@ def check(plan: Plan) -> dict[str, str]:
     return notes
 
 
+def bytes_of(plan: Plan, row: PlanRow) -> int:
+    """Bytes of one tensor in the file."""
+    if row.name.endswith(ROTARY):
+        return 0
+    if row.scheme is None:
+        return 4 * row.shape[0] if len(row.shape) == 1 else row.after
+    each = row_bytes(kind_of(row.scheme.by_rows, row.shape), row.shape[-1])
+    return int(np.prod(row.shape[:-1])) * each + 2 * row.scheme.rank * sum(row.shape)
+
+
 def save(checkpoint: Checkpoint, out: Path, progress: Progress) -> Artifact:
     """One .gguf file and the tokenizer's files in the folder `out`."""
     from wherry import __version__
@@ -135,10 +145,8 @@ def save(checkpoint: Checkpoint, out: Path, progress: Progress) -> Artifact:
         writer.add_tensor_info(ROPE_FREQS, extra.shape, extra.dtype, extra.nbytes)
     for name in stored:
         shape, kind = checkpoint.shape(name), kinds[name]
-        if kind in BYTES:
-            shape = (*shape[:-1], shape[-1] // (WIDE if kind == "TQ2_0" else BLOCK) * BYTES[kind])
-        elif kind in kquant.BYTES:
-            shape = (*shape[:-1], shape[-1] // kquant.SUPER * kquant.BYTES[kind])
+        if kind in BYTES or kind in kquant.BYTES:
+            shape = (*shape[:-1], row_bytes(kind, shape[-1]))
         dtype = np.dtype({"F32": "float32", "F16": "float16"}.get(kind, "uint8"))
         if kind == "BF16":
             shape = (*shape[:-1], shape[-1] * 2)

@@ -22,7 +22,7 @@ from wherry.errors import BadInput, Missing
 
 if TYPE_CHECKING:  # what has been exported is decoded and run without torch
     from wherry.checkpoint import Checkpoint
-    from wherry.recipe import Plan, Progress
+    from wherry.recipe import Plan, PlanRow, Progress
 
 MAIN = "model.onnx"
 
@@ -38,6 +38,13 @@ def check(plan: "Plan") -> dict[str, str]:
 
     packages("" if plan.checkpoint.graph is not None else plan.task.kind)
     return legal.graph(plan) if plan.checkpoint.graph is not None else legal.check(plan)
+
+
+def bytes_of(plan: "Plan", row: "PlanRow") -> int:
+    """Bytes of one tensor in the file."""
+    from wherry.formats.onnx import legal
+
+    return legal.bytes_of(plan, row)
 
 
 def packages(task: str) -> None:

@@ -1,5 +1,7 @@
 """What a plan may ask of ONNX Runtime on a CPU: found before any work, with the nearest that works."""
 
+import math
+
 from wherry.cargo import unread
 from wherry.errors import Unsupported
 from wherry.graph.blocks import block_size, container
@@ -103,6 +105,19 @@ def tensor(row: PlanRow, generator: bool) -> str:
     if isinstance(scheme.grain, Row):
         notes.append(f"the scale of a row is written once for each block of {size}")
     return "; ".join(notes)
+
+
+def bytes_of(plan: Plan, row: PlanRow) -> int:
+    """Bytes of one tensor in the file: blocks with float32 scales, int8 rows of integer products, float32."""
+    n, k = math.prod(row.shape[:-1]), row.shape[-1]
+    if row.scheme is None:
+        return 4 * n * k
+    scheme = row.scheme.by_rows
+    if scheme.activations is not None:
+        return n * (k + 4)
+    bits, groups = container(scheme), k // block_size(scheme, k)
+    zeros = 0 if scheme.symmetric else n * -(-groups * bits // 8)
+    return n * (k * bits // 8 + 4 * groups) + zeros + 4 * scheme.rank * (n + k)
 
 
 def integer(scheme: Scheme, activations: Scheme, generator: bool) -> str:

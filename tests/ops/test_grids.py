@@ -125,6 +125,19 @@ def test_scales_are_of_the_kind_that_was_asked_for(name: str, kind: str) -> None
         Scheme.parse("W4A16,scale=bf1")
 
 
+@pytest.mark.parametrize("name", ["W4A16_ASYM", "W3A16", "W8A16"])
+@pytest.mark.parametrize("kind", ["fp16", "fp8", "e8m0"])
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6])
+def test_groups_far_smaller_than_their_neighbours_go_into_every_format(name: str, kind: str, size: float) -> None:
+    """One group a ten-millionth of the others: what decodes in GGUF, by its own package, is what was stored."""
+    w = weight(16, 128) * size
+    w[3, 32:64] *= 1e-7
+    q = build("rtn", {"scheme": name, "group_size": 32, "scale": kind}).solve(w)
+    assert torch.equal(layout.whole(layout.parts(q), q.scheme).decode(), q.decode())
+    form, blocks = block_pack("w", q)
+    assert np.array_equal(dequantize(blocks, GGMLQuantizationType[form]), q.decode().numpy())
+
+
 @pytest.mark.parametrize("name", K)
 def test_k_quants_decode_as_the_gguf_package_does(name: str) -> None:
     for seed, size in ((0, 1.0), (1, 1e-3), (2, 30.0)):

@@ -64,6 +64,11 @@ def over_one(scale: torch.Tensor) -> torch.Tensor:
     return small * over
 
 
+def over_one_half(scale: torch.Tensor) -> torch.Tensor:
+    """The same within the range in which fp16 holds 4 bits exactly: fp8 scales of integers, exact in every format."""
+    return over_one(scale.clamp(FP16_LEAST * 2 ** (PORTABLE_BITS - 1), PORTABLE_MOST))
+
+
 def stored(scheme: Scheme, rounding: Rounding | None) -> Rounding | None:
     """How the scales of a scheme are rounded: as its definition says, else by `rounding`."""
     if scheme.nested:
@@ -71,7 +76,8 @@ def stored(scheme: Scheme, rounding: Rounding | None) -> Rounding | None:
     if scheme.scale in ("bfloat16", "float32"):
         kind = getattr(torch, str(scheme.scale))
         return rounding or (lambda scale: scale.to(kind).float())
-    own = {"e8m0": power if scheme.kind == "fp" else power_half, "float8_e4m3fn": over_one}
+    float_ = scheme.kind == "fp"
+    own = {"e8m0": power if float_ else power_half, "float8_e4m3fn": over_one if float_ else over_one_half}
     return own.get(str(scheme.scale), rounding)
 
 

@@ -1,7 +1,8 @@
 """Budget: how many bytes each scheme of each weight takes in the files that a plan writes, and how many there may be.
 
-A format counts by itself (`bytes_of(row)` in its file): three bits live in places of four in GGUF and ONNX. A format
-that does not is counted as the checkpoint. Raised here, when the plan is made: a budget that the smallest choices miss.
+A format counts by itself, `bytes_of(plan, row)` for a tensor and `besides(plan)` for all that is none: three bits live
+in places of four in GGUF and ONNX. A format that does not is counted as the checkpoint. Raised here, when the plan is
+made: a budget that the smallest choices miss.
 """
 
 import math
@@ -29,7 +30,7 @@ def in_bytes(text: str) -> float:
 
 @dataclass(frozen=True)
 class Budget:
-    """What one file may take. sizes: bytes [weights, schemes]; rest: bytes of all other tensors; most: of the weights.
+    """What one file may take. sizes: bytes [weights, schemes]; rest: bytes of all else in it; most: of the weights.
 
     counted: number of weights that are chosen for, in parameters.
     """
@@ -62,10 +63,11 @@ def budgets(plan: Any, step: Any) -> list[Budget]:
     found = []
     for name in plan.formats or (CHECKPOINT,):
         module = shelf.find("formats", name)
-        count = getattr(module, "bytes_of", shelf.find("formats", CHECKPOINT).bytes_of)
-        rest = float(sum(count(plan, row) for row in plan.rows if row.name not in mine))
-        sizes = [[count(plan, replace(row, scheme=s)) for s in step.choices(row.scheme)] for row in rows]
+        module = module if hasattr(module, "bytes_of") else shelf.find("formats", CHECKPOINT)
+        rest = float(module.besides(plan) + sum(module.bytes_of(plan, r) for r in plan.rows if r.name not in mine))
+        sizes = [[module.bytes_of(plan, replace(row, scheme=s)) for s in step.choices(row.scheme)] for row in rows]
         found.append(Budget(name, np.array(sizes, float), rest, step.most(counted, rest), counted))
-        if found[-1].least > found[-1].most:
-            raise BadInput(f"{step.method}: {step.short(found[-1])}")
+    short = max(found, key=lambda budget: budget.least - budget.most)
+    if short.least > short.most:
+        raise BadInput(f"{step.method}: {step.short(short)}")
     return found

@@ -61,6 +61,11 @@ def bytes_of(plan: Plan, row: PlanRow) -> int:
     return layout.bytes_of(scheme, row.shape, 2 if scheme.bits <= 4 and portable else 4)
 
 
+def besides(plan: Plan) -> int:
+    """Bytes of the files that are no tensor, at most: the headers, with a name and 110 bytes for each part."""
+    return sum((5 if row.scheme else 1) * (len(row.name) + 140) for row in plan.rows)
+
+
 def stock(plan: Plan) -> dict[str, str]:
     """Notes where stock transformers (5.23) does not load the checkpoint, one for each scheme that stands in the way.
 

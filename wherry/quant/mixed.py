@@ -32,8 +32,7 @@ from wherry.scheme import PRESETS, Scheme
 class Mixed(Pass):
     """bits: most bits per weight over all weights that it wants, scales and zeros included. A solver must come after.
 
-    size: in place of bits, most bytes of all weights of the file, like 100MB; what it holds besides (vocabulary, tables
-        of positions) comes on top.
+    size: in place of bits, most bytes of the model's file, like 100MB, all that it holds included.
     schemes: spellings to choose from, `;` between them; they take the group size of the solver's scheme, or, where that
         has none to give (rows, NVFP4, k-quants), group_size of this step, else their usual one.
     """
@@ -67,7 +66,7 @@ class Mixed(Pass):
         return grid.encode(w, scheme, *grid.search(w, scheme, rounding)).decode()
 
     def most(self, counted: int, rest: float) -> float:
-        """Bytes for weights of `counted` parameters in all, beside `rest` bytes of other tensors."""
+        """Bytes for weights of `counted` parameters in all, beside `rest` bytes of all else in the file."""
         return in_bytes(self.size) - rest if self.size else self.bits * counted / 8
 
     def short(self, budget: Budget) -> str:

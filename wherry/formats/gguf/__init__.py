@@ -36,6 +36,13 @@ def bytes_of(plan: "Plan", row: "PlanRow") -> int:
     return write.bytes_of(plan, row)
 
 
+def besides(plan: "Plan") -> int:
+    """Bytes of the file that are no tensor, at most."""
+    from wherry.formats.gguf import write
+
+    return write.besides(plan)
+
+
 def save(checkpoint: "Checkpoint", out: Path, progress: "Progress") -> Artifact:
     """Write one .gguf file and the tokenizer's files into `out`. Memory: one tensor. Cost: one read of the weights."""
     from wherry.formats.gguf import write

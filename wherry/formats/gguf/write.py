@@ -105,6 +105,13 @@ def bytes_of(plan: Plan, row: PlanRow) -> int:
     return int(np.prod(row.shape[:-1])) * each + 2 * row.scheme.rank * sum(row.shape)
 
 
+def besides(plan: Plan) -> int:
+    """Bytes of the file that are no tensor, at most: the vocabulary, facts, and names and padding of tensors."""
+    made = vocabulary(plan.checkpoint.path, _rows(plan.checkpoint))
+    words = sum(len(text.encode()) + 8 for text in (*made.tokens, *made.merges)) + 8 * len(made.tokens)
+    return words + 8192 + 2 * len(str(plan.recipe)) + 4 * len(str(made.template or "")) + 192 * len(plan.rows)
+
+
 def save(checkpoint: Checkpoint, out: Path, progress: Progress) -> Artifact:
     """One .gguf file and the tokenizer's files in the folder `out`."""
     from wherry import __version__

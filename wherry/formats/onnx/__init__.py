@@ -47,6 +47,13 @@ def bytes_of(plan: "Plan", row: "PlanRow") -> int:
     return legal.bytes_of(plan, row)
 
 
+def besides(plan: "Plan") -> int:
+    """Bytes of the file that are no tensor, at most."""
+    from wherry.formats.onnx import legal
+
+    return legal.besides(plan)
+
+
 def packages(task: str) -> None:
     """Raise Missing, with the pip line, when a package that writing needs is not installed."""
     wanted = ["onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai" if task == "text-generation" else "onnxscript"]

@@ -120,6 +120,15 @@ def bytes_of(plan: Plan, row: PlanRow) -> int:
     return n * (k * bits // 8 + 4 * groups) + zeros + 4 * scheme.rank * (n + k)
 
 
+def besides(plan: Plan) -> int:
+    """Bytes of the file that are no weight, at most: the graph, sines and cosines of positions, padding to 64 KiB."""
+    config = plan.config
+    width = config.get("head_dim") or config.get("hidden_size", 0) // max(config.get("num_attention_heads", 1), 1)
+    positions = 4 * width * config.get("max_position_embeddings", 0)
+    padding = sum(65536 for row in plan.rows if bytes_of(plan, row) > 1 << 20)
+    return 50_000 + 3000 * len(plan.rows) + positions + padding
+
+
 def integer(scheme: Scheme, activations: Scheme, generator: bool) -> str:
     """The note of a weight that is multiplied in integers. Raises Unsupported."""
     if generator:

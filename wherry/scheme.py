@@ -312,6 +312,7 @@ PRESETS = {
     "W8A8": Scheme(8, grain=Row(), activations=_TOKEN8),
     "W8A8_STATIC": Scheme(8, grain=Row(), activations=_TENSOR8),
     "W4A8": Scheme(4, activations=_TOKEN8),
+    "W4A8_STATIC": Scheme(4, activations=_TENSOR8),
     "FP8A16": Scheme(8, "fp", Row(), table="e4m3"),
     "FP8_E5M2A16": Scheme(8, "fp", Row(), table="e5m2"),
     "FP4A16": Scheme(4, "fp", Group(32), table="e2m1"),

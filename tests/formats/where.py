@@ -36,6 +36,9 @@ TITLES = {"transformers": "transformers", "gguf": "llama.cpp (gguf)", "onnx": "O
 TITLES |= {"packed": "gptq, awq"}
 TOKENS = np.random.default_rng(0).integers(3, 512, 64).tolist()
 MORE = {
+    "W8A16,strategy=tensor": "rtn:scheme=W8A16,strategy=tensor",
+    "W4A16,block_structure=64x64": "rtn:scheme=W4A16,block_structure=64x64",
+    "FP8A16,block_structure=128x128": "rtn:scheme=FP8A16,block_structure=128x128",
     "W4A16,scale=fp8": "rtn:scheme=W4A16,group_size=32,scale=fp8",
     "W4A16,scale=e8m0": "rtn:scheme=W4A16,group_size=32,scale=e8m0",
     "lowrank:rank=8": "rtn:scheme=W4A16,group_size=32 | lowrank:rank=8",

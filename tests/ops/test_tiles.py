@@ -18,6 +18,7 @@ from wherry.errors import BadInput
 from wherry.evaluate import weights
 from wherry.ops import grid, layout, tiles
 from wherry.ops.latent import Latent, learn
+from wherry.ops.learned_grid import LearnedGrid
 from wherry.ops.solve import refit_codes
 from wherry.prove import prove_folder
 from wherry.recipe import Recipe
@@ -186,3 +187,25 @@ def test_a_tile_that_does_not_divide_names_one_that_does(tiny_llama: Path) -> No
     with pytest.raises(BadInput, match=r"128x48 does not divide .* block_structure=128x(\d+) does") as e:
         plan("128x48")
     plan(str(e.value).split("block_structure=")[-1].split(" ")[0])
+
+
+@pytest.mark.parametrize("text", ["W1.58A16,strategy=tensor", "W4A16_ASYM,block_structure=16x32"])
+def test_a_trained_grid_has_one_scale_per_tile_at_every_step(text: str) -> None:
+    """As BitNet b1.58 trains: gradients move a tile's scale as one, and plain rounding finds the grid again."""
+    w, x, scheme = weight(), inputs(200, 128), Scheme.parse(text)
+    trained = LearnedGrid(w, scheme, grid.stored(scheme, grid.portable))
+    held = torch.nn.Parameter(trained.right_inverse(w))
+    optimizer = torch.optim.Adam([held, *trained.parameters()], lr=1e-2)
+    first = None
+    for _ in range(30):
+        loss = ((trained(held) - w) @ x.T).square().mean()
+        first = float(loss.detach()) if first is None else first
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scale = trained.scale().detach()
+        assert torch.equal(tiles.spread(tiles.once(scale, scheme), 40, scheme), scale)
+    assert float(loss.detach()) < first
+    q = trained.settle(held)
+    again = Recipe.parse(f"rtn:scheme={text}").steps[0].solve(q.decode())
+    torch.testing.assert_close(again.decode(), q.decode(), rtol=0, atol=0)

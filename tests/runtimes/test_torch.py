@@ -16,6 +16,7 @@ from wherry.session import Sampling
     "recipe",
     [
         "rtn:scheme=W8A8", "rtn:scheme=W8A8_STATIC", "rtn:scheme=W4A16,group_size=32", "rtn:scheme=W4A8,group_size=32",
+        "rtn:scheme=W4A8_STATIC,group_size=32", "rtn:scheme=W8A8_STATIC,strategy=tensor",
         "smoothquant | gptq:scheme=W4A8,group_size=32",
     ],
 )  # fmt: skip

@@ -170,12 +170,13 @@ def bytes_of(scheme: Scheme, shape: Sequence[int], scale_bytes: int) -> int:
     """Bytes of the parts of a weight [n, k], with the padding to int32 that packed codes have."""
     n, k = shape[-2:]
     kind, plain = form(scheme), scheme.bytes((n, k), scale_bytes)
+    plain += 5 if scheme.activations and not scheme.activations.dynamic else 0  # input_scale, input_zero_point
     if scheme.nested or kind == "mxfp4-pack-quantized":
         return plain
     if kind == "nvfp4-pack-quantized":
         return plain + 4
     if kind in ("int-quantized", "float-quantized"):
-        return plain + (5 if scheme.activations and not scheme.activations.dynamic else 0)
+        return plain
     bits = scheme.bits * scheme.planes
     padding = 4 * n * -(-k * bits // 32) - (n * k * bits + 7) // 8
     if not scheme.symmetric:

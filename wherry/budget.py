@@ -55,9 +55,12 @@ def chosen_for(plan: Any, step: Any) -> list[PlanRow]:
 def budgets(plan: Any, step: Any) -> list[Budget]:
     """One for each file that the plan writes for a runtime; of the checkpoint where it writes no other.
 
-    Raises BadInput, naming the least that can be asked for, where the smallest schemes are larger.
+    Raises BadInput where there is no weight to choose for, and, naming the least that can be asked for, where the
+    smallest schemes are larger.
     """
     rows = chosen_for(plan, step)
+    if not rows:
+        raise BadInput(f"no step gives codes to any weight that {step.method} is to choose for: see their targets=")
     counted = sum(math.prod(row.shape) for row in rows)
     mine = {row.name for row in rows}
     found = []

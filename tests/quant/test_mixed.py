@@ -80,6 +80,8 @@ def test_what_cannot_be_is_said_before_any_work(tiny_llama: Path, tmp_path: Path
     with pytest.raises(BadInput, match="smallest schemes take 2.525 in compressed_tensors; raise it"):
         compress(tiny_llama, f"mixed:bits=1.5 | {SOLVER}", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(BadInput, match="no step gives codes to any weight that mixed"):
+        Recipe.parse(f"mixed:targets=q_proj | {SOLVER},ignore=q_proj").plan(checkpoint)
     with pytest.raises(BadInput, match="two budgets"):
         Recipe.parse(f"mixed:bits=4,size=1MB | {SOLVER}")
     with pytest.raises(BadInput, match="no size; write 100MB"):

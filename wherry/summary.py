@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from wherry import shelf
 from wherry.errors import Error
 from wherry.report import Report
 
@@ -34,6 +35,7 @@ def inspect(model: str | Path, target: str | None, default_recipe: Callable[[Any
     if target:
         from wherry.recipe import Plan, Recipe
 
+        shelf.find("formats", target)  # a name that is none is an error, not a "no"
         packed = any(checkpoint.scheme(name) for name in checkpoint.names())
         made = Plan.of(checkpoint) if packed else Recipe.parse(default_recipe(checkpoint)).plan(checkpoint)
         try:

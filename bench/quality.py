@@ -55,7 +55,7 @@ SEEN["own_"] = (*SEEN["foreign_"], "nll", "float_nll")
 
 @dataclass(frozen=True)
 class Entry:
-    """One way to compress: tool, method and its options as text."""
+    """One way to compress: tool, method (or steps of a recipe, joined by +) and its options as text."""
 
     tool: str
     method: str
@@ -77,6 +77,10 @@ ENTRIES = (
     Entry("wherry", "hqq"),
     Entry("wherry", "rounding"),
     Entry("wherry", "best"),
+    Entry("wherry", "awq+gptq"),
+    Entry("wherry", "rotation+gptq"),
+    Entry("wherry", "gptq+lowrank:rank=8"),
+    Entry("wherry", "gptq+tune"),
     Entry("auto-round", "rounding"),
     Entry("gptqmodel", "gptq"),
     Entry("gptqmodel", "gptq", "mse=2.4"),
@@ -196,12 +200,16 @@ class Ruler:
 def wherry(entry: Entry, folder: Path, out: Path, scheme: str, size: int, tokens: Path) -> Row:
     """Make `out` from `folder` with wherry; returns what it took."""
     from wherry import api, data, deliver
+    from wherry.recipe import build
     from wherry.scheme import Scheme
 
     extra = "".join(f",{item}" for item in entry.options.split(",") if item)
     group = "" if Scheme.parse(scheme).fixed else f",group_size={size}"
-    *before, method = entry.method.split("+")
-    recipe = " | ".join([*before, f"{method}:scheme={scheme}{group},embedding=keep{extra}"])
+    steps = entry.method.split("+")  # the last that gives codes has the scheme
+    kinds = [build(step.split(":")[0], {}) for step in steps]
+    solving = [i for i, kind in enumerate(kinds) if kind.solves or hasattr(kind, "recipe")]
+    steps[solving[-1]] += f":scheme={scheme}{group},embedding=keep{extra}"
+    recipe = " | ".join(steps)
     start, cpu = time.perf_counter(), time.process_time()
     plan, batches = api.plan(folder, recipe), []
     if plan.recipe.calibrated:

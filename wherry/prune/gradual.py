@@ -38,8 +38,8 @@ class Gradual(Pass):
         if not 0 < self.sparsity < 1:
             raise BadInput(f"gradual: sparsity={self.sparsity:g} is not a share between 0 and 1")
 
-    def recipe(self) -> str:
-        """The recipe that it stands for."""
+    def recipe(self, graph: bool) -> str:
+        """The recipe that it stands for, on a graph as elsewhere."""
         more = list(self.options)
         for knob, patterns in (("targets", self.targets), ("ignore", self.ignore)):
             more += [f"{knob}={';'.join(patterns)}"] if patterns else []

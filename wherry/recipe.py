@@ -178,7 +178,8 @@ class Recipe:
             for tensor, note in plan.legal(name).items():
                 plan.note(tensor, f"{name}: {note}")
         for step in self.steps:
-            _ = hasattr(step, "assign") and budgets(plan, step)
+            if hasattr(step, "assign"):
+                budgets(plan, step)  # one that cannot be kept is told now
         if checkpoint.graph is None:
             for tensor, note in shelf.find("formats", "compressed_tensors").stock(plan).items():
                 plan.note(tensor, note)

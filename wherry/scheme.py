@@ -122,6 +122,12 @@ class Scheme:
         """Whether rows share scales: one for a block, or for the whole weight (ops/tiles.py)."""
         return isinstance(self.grain, Tensor | Block)
 
+    def rows_per_scale(self, n: int) -> int:
+        """How many neighbouring rows of a weight of n rows share their scales; 1 but for tiles."""
+        if isinstance(self.grain, Tensor):
+            return n
+        return min(self.grain.rows, n) if isinstance(self.grain, Block) else 1
+
     @property
     def by_rows(self) -> "Scheme":
         """The same weights for a format that knows no tiles: each tile's scale repeated in every row of it."""
@@ -195,8 +201,7 @@ class Scheme:
         rows, k = 1, shape[-1]
         for extent in shape[:-1]:
             rows *= extent
-        tiles = {Tensor: 1, Block: -(-rows // getattr(self.grain, "rows", 1))}.get(type(self.grain), rows)
-        scales = tiles * self.scales_per_row(k)
+        scales = -(-rows // self.rows_per_scale(rows)) * self.scales_per_row(k)
         if isinstance(self.scale, Scheme):
             small = self.scale.bits * (1 if self.symmetric else 2)
             over = rows * k // 256 * (2 if self.symmetric else 4)

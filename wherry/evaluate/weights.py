@@ -77,7 +77,7 @@ def size(scheme: Scheme, shape: tuple[int, ...]) -> int | None:
         return shape[-1]
     if isinstance(scheme.grain, Block):
         fits = len(shape) == 2 and shape[-1] % scheme.grain.columns == 0
-        return min(scheme.grain.rows, shape[0]) * scheme.grain.columns if fits else None
+        return scheme.rows_per_scale(shape[0]) * scheme.grain.columns if fits else None
     return int(np.prod(shape)) if isinstance(scheme.grain, Tensor) else None
 
 
@@ -85,9 +85,18 @@ def laid(x: np.ndarray, scheme: Scheme | None) -> np.ndarray:
     """The weights of each tile side by side, [tiles, rows * columns] with zeros for missing rows; else as they are."""
     if scheme is None or not isinstance(scheme.grain, Block) or size(scheme, x.shape) is None:
         return x
-    high, wide = min(scheme.grain.rows, len(x)), scheme.grain.columns
+    high, wide = scheme.rows_per_scale(len(x)), scheme.grain.columns
     x = np.pad(x, ((0, -len(x) % high), (0, 0)))
     return x.reshape(len(x) // high, high, -1, wide).swapaxes(1, 2).reshape(-1, high * wide)
+
+
+def sampled(v: np.ndarray, scheme: Scheme, seed: int) -> np.ndarray:
+    """Up to 256 rows of v (of its tiles), seeded, in order; all of them where one scale is for all."""
+    rows = laid(v, scheme)
+    rows = rows.reshape(-1, rows.shape[-1])
+    if len(rows) > SAMPLED_ROWS and not isinstance(scheme.grain, Tensor):
+        rows = rows[np.sort(np.random.default_rng(seed).permutation(len(rows))[:SAMPLED_ROWS])]
+    return rows
 
 
 def rounded(w: np.ndarray, scheme: Scheme, group: int) -> tuple[np.ndarray, np.ndarray]:
@@ -217,10 +226,7 @@ def off_grid(v: np.ndarray, scheme: Scheme, seed: int = 0) -> str:
     group = size(scheme, v.shape)
     if group is None:
         return ""
-    rows = laid(v, scheme)
-    rows = rows.reshape(-1, rows.shape[-1])
-    if len(rows) > SAMPLED_ROWS and not isinstance(scheme.grain, Tensor):
-        rows = rows[np.sort(np.random.default_rng(seed).permutation(len(rows))[:SAMPLED_ROWS])]
+    rows = sampled(v, scheme, seed)
     ordered = np.sort(rows.reshape(-1, group), axis=-1)
     distinct = int((np.diff(ordered, axis=-1) != 0).sum(-1).max(initial=0)) + 1
     codes = 1 << scheme.bits
@@ -237,10 +243,7 @@ def unrounded_scales(v: np.ndarray, scheme: Scheme, seed: int = 0) -> str:
     group = size(scheme, v.shape)
     if group is None or group < (16 if scheme.bits <= 4 else 32) or scheme.nested:
         return ""  # wider codes seldom are neighbours in a small group
-    rows = laid(v, scheme)
-    rows = rows.reshape(-1, rows.shape[-1])
-    if len(rows) > SAMPLED_ROWS and not isinstance(scheme.grain, Tensor):
-        rows = rows[np.sort(np.random.default_rng(seed).permutation(len(rows))[:SAMPLED_ROWS])]
+    rows = sampled(v, scheme, seed)
     gaps = np.diff(np.sort(rows.reshape(-1, group), axis=-1), axis=-1).astype(np.float64)
     least = np.where(gaps > 0, gaps, np.inf).min(-1)
     least = least[np.isfinite(least)]

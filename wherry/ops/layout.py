@@ -180,7 +180,7 @@ def bytes_of(scheme: Scheme, shape: Sequence[int], scale_bytes: int) -> int:
     bits = scheme.bits * scheme.planes
     padding = 4 * n * -(-k * bits // 32) - (n * k * bits + 7) // 8
     if not scheme.symmetric:
-        scales = scheme.scales_per_row(k) * (-(-n // tiles.rows(scheme, n)))
+        scales = scheme.scales_per_row(k) * -(-n // scheme.rows_per_scale(n))
         exact = scales if scheme.tiled else 4 * -(-n * bits // 32) * scheme.scales_per_row(k)
         padding += exact - (scales * bits + 7) // 8
     return plain + padding + 16 + (4 if scheme.scale == "float8_e4m3fn" else 0)

@@ -13,16 +13,14 @@ from typing import Any
 
 import torch
 
-from wherry.scheme import Block, Row, Scheme, Tensor
+from wherry.scheme import Row, Scheme
 
 Fit = Callable[[torch.Tensor, Scheme, torch.Tensor | None], tuple[torch.Tensor | None, ...] | None]
 
 
 def rows(scheme: Scheme, n: int) -> int:
     """How many neighbouring rows of a weight of n rows share their scales; 1 but for tiles."""
-    if isinstance(scheme.grain, Tensor):
-        return n
-    return min(scheme.grain.rows, n) if isinstance(scheme.grain, Block) else 1
+    return scheme.rows_per_scale(n)
 
 
 def cut(w: torch.Tensor, scheme: Scheme) -> torch.Tensor:
